@@ -1,0 +1,61 @@
+# make test   lint, types and tests, in an environment built from constraints.txt
+# make check  lint and types only
+# make format rewrite the files as the linter wants them
+# make env    build the environment only
+# make clean  remove the environment and every cache
+#
+# PYTHON=python3.12 picks the interpreter of a new environment (make clean first);
+# ARGS="-k masks" goes to pytest; WORKERS=8 runs more tests at once.
+# The CPU build of torch is much smaller than the default one: where it is wanted, tell pip through its own
+# settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) where that build lies.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Every test must pass without a network; one thread for each worker, or the workers fight for the cores.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+MAKEFLAGS += --no-print-directory
+.PHONY: test check lint types format env clean
+.DEFAULT_GOAL := test
+
+# Lint and types come first, so that the last line printed is pytest's summary.
+test: check
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: lint types
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+# After lint, also under make -j: mixed output is hard to read.
+types: $(STAMP) | lint
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+env: $(STAMP)
+
+# The stamp is written last, so an interrupted install is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); set PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: '$(PYTHON)' lacks venv or ensurepip (on Debian: the package python3-venv)" >&2; exit 1; }
+	@echo "building $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

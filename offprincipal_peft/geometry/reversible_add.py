@@ -1,0 +1,158 @@
+"""Add a low-rank update to a weight in its own dtype so that it can be taken out again, bit for bit.
+
+``W' = round(W + LR)`` loses bits of ``W``. Subtracting the update again and rounding recovers most entries, because
+the rounding error of ``W'`` is at most half an ULP unless the sum crossed into a coarser binade. The record kept
+while merged is therefore the update's factors and only those entries of ``W`` that the subtraction does not recover
+*with a margin*: the margin covers what another thread count, memory alignment or device would change in the product
+``LR``. Where that list would be larger than the weight itself, the weight is kept instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .numerics import full_precision
+
+_CHUNK = 1 << 22  # entries of the product held at once
+_BLOCK = 1 << 16
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class MergeRecord:
+    """What is needed to restore a (d_out, d_in) weight after :func:`add_low_rank_`.
+
+    Either the entries that subtraction does not recover (row-major flat positions, as 16-bit offsets in blocks of
+    65536 with a count per block, and their original values) or the whole ``original`` weight.
+    """
+
+    shape: tuple[int, int]
+    left: Tensor  # (d_out, R)
+    right: Tensor  # (R, d_in)
+    offsets: Tensor  # (n,) int16: position mod 65536, less 32768
+    block_counts: Tensor  # (ceil(d_out d_in / 65536),) int32
+    values: Tensor  # (n,) in the weight's dtype
+    original: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held while merged."""
+        held = (self.left, self.right, self.offsets, self.block_counts, self.values, self.original)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def set_entries(self, positions: Tensor, values: Tensor) -> None:
+        """Store sorted int64 ``positions`` (n,) and their ``values`` (n,)."""
+        blocks = -(-self.shape[0] * self.shape[1] // _BLOCK)
+        self.block_counts = torch.bincount(positions // _BLOCK, minlength=blocks).to(torch.int32)
+        self.offsets = (positions % _BLOCK - _BLOCK // 2).to(torch.int16)
+        self.values = values
+
+    def positions(self) -> Tensor:
+        """The flat positions (n,) int64 of the entries kept."""
+        block = torch.arange(self.block_counts.numel(), device=self.offsets.device)
+        block = block.repeat_interleave(self.block_counts)
+        return block * _BLOCK + self.offsets.to(torch.int64) + _BLOCK // 2
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and products for a weight of ``dtype``: one that makes its own rounding negligible."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+@torch.no_grad()
+def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor) -> MergeRecord:
+    """In place ``weight <- round(weight + left @ right)``, once rounded from a wider sum.
+
+    Args:
+        weight: (d_out, d_in), fp16, bf16, fp32 or fp64; may be a transposed view.
+        left: (d_out, R); right: (R, d_in). Copies are kept in the record.
+
+    Returns:
+        the record that :func:`restore_` takes.
+    """
+    wide = compute_dtype(weight.dtype)
+    kept = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    nothing = torch.empty(0, dtype=torch.int64, device=weight.device)
+    record = MergeRecord(
+        shape=(weight.shape[0], weight.shape[1]),
+        left=left.to(kept, copy=True),
+        right=right.to(kept, copy=True),
+        offsets=nothing,
+        block_counts=nothing,
+        values=weight.new_empty(0),
+        original=weight.clone() if weight.dtype == torch.float64 else None,  # no wider dtype to round from
+    )
+    positions, values = [nothing], [record.values]
+    for rows, delta, noise in _products(record, wide):
+        chunk = weight[rows]
+        merged = (chunk.to(wide) + delta).to(weight.dtype)
+        if record.original is None:
+            lost = ~_recovered(chunk, merged, delta, noise)
+            where = lost.flatten().nonzero().squeeze(1)
+            positions.append(where + rows.start * weight.shape[1])
+            values.append(chunk.flatten()[where])
+        chunk.copy_(merged)
+    record.set_entries(torch.cat(positions), torch.cat(values))
+    return _compacted(weight, record)
+
+
+def _compacted(weight: Tensor, record: MergeRecord) -> MergeRecord:
+    """Keep the whole original instead of factors and a list of entries that are larger than it."""
+    if record.original is None and record.nbytes > weight.numel() * weight.element_size():
+        original = weight.clone()
+        restore_(original, record)
+        record.original = original
+    if record.original is not None:
+        record.left, record.right = record.left[:, :0].clone(), record.right[:0].clone()
+        record.set_entries(record.block_counts.new_empty(0, dtype=torch.int64), record.values[:0].clone())
+    return record
+
+
+@torch.no_grad()
+def restore_(weight: Tensor, record: MergeRecord) -> None:
+    """Undo :func:`add_low_rank_` in place: afterwards the weight's bytes are the original ones.
+
+    Raises ``ValueError`` where the weight's dtype or shape is no longer the one that was merged.
+    """
+    if tuple(weight.shape) != record.shape or weight.dtype != record.values.dtype:
+        raise ValueError(
+            f"the merged weight was {record.shape[0]} x {record.shape[1]} {record.values.dtype}, now it is "
+            f"{' x '.join(map(str, weight.shape))} {weight.dtype}: its original bytes cannot be restored. Unmerge "
+            "before casting or reshaping a model."
+        )
+    if record.original is not None:
+        weight.copy_(record.original)
+        return
+    for rows, delta, _ in _products(record, compute_dtype(weight.dtype)):
+        chunk = weight[rows]
+        chunk.copy_((chunk.to(delta.dtype) - delta.to(chunk.device)).to(weight.dtype))
+    where = record.positions().to(weight.device)
+    columns = record.shape[1]
+    weight[where // columns, where % columns] = record.values.to(weight.device)
+
+
+def _products(record: MergeRecord, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row blocks of left @ right in ``wide`` with a bound on what another summation order would change."""
+    left, right = record.left.to(wide), record.right.to(wide)
+    step = max(1, _CHUNK // max(1, right.shape[1]))
+    unit = 4 * (left.shape[1] + 4) * torch.finfo(wide).eps
+    row_norms, column_norms = left.norm(dim=1), right.norm(dim=0)
+    for start in range(0, left.shape[0], step):
+        rows = slice(start, min(start + step, left.shape[0]))
+        with full_precision():
+            delta = left[rows] @ right
+        yield rows, delta, (unit * row_norms[rows, None]) * column_norms[None, :]
+
+
+def _recovered(original: Tensor, merged: Tensor, delta: Tensor, noise: Tensor) -> Tensor:
+    """Entries for which subtraction gives the original's bits wherever within ``noise`` the product lies."""
+    back = merged.to(delta.dtype) - delta
+    margin = noise + 4 * torch.finfo(delta.dtype).eps * (merged.to(delta.dtype).abs() + delta.abs())
+    bits = _BITS[original.element_size()]
+    wanted = original.view(bits)
+    above, below = (back + margin).to(original.dtype), (back - margin).to(original.dtype)
+    return (above.view(bits) == wanted) & (below.view(bits) == wanted)

@@ -1,0 +1,176 @@
+"""A weight seen as a tall matrix, with the factorisations that the fast solvers share.
+
+Trade-off: a weight is kept in its own dtype and every fp64 product widens it in row chunks, so that a wide MLP
+layer never needs a full fp64 copy; only matrices small enough for that to be cheap keep one. The fp32 Gram
+matrix squares the condition number and is therefore used for large singular values and as a preconditioner,
+never as the source of a small singular direction.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+WIDE_COPY_LIMIT = 2**25  # entries; above it fp64 products widen the weight chunk by chunk
+CHUNK = 2**23  # entries widened at a time
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32, no bf16 products, no autocast and no graph inside; the caller's settings are restored."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    if hasattr(backends[0], "fp32_precision"):
+        attribute, exact = "fp32_precision", "ieee"
+        backends = [backend for backend in backends if hasattr(backend, attribute)]
+    else:
+        attribute, exact, backends = "allow_tf32", False, backends[:1]
+    saved = [getattr(backend, attribute) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, attribute, exact)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for backend, value in zip(backends, saved, strict=True):
+            setattr(backend, attribute, value)
+
+
+class TallMatrix:
+    """A = W, or W.T where W is wide, times a power of two where W's entries are extremely small or large."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # (d_out, d_in)
+        self.transposed = weight.shape[0] < weight.shape[1]
+        self.rows, self.columns = max(weight.shape), min(weight.shape)
+        self.scale = _safe_scale(float(weight.abs().max()))
+
+    @property
+    def is_zero(self) -> bool:
+        return not bool(self.weight.any())
+
+    @cached_property
+    def single(self) -> Tensor:
+        """A in fp32, (m, n)."""
+        if self.scale == 1.0:
+            copy = self.weight.float()
+        else:  # through fp64: the scale itself may not fit into fp32
+            copy = (self.weight.double() * self.scale).float()
+        return copy.T if self.transposed else copy
+
+    @cached_property
+    def double(self) -> Tensor:
+        """A in fp64, (m, n)."""
+        copy = self.weight.double()
+        copy = copy if self.scale == 1.0 else copy * self.scale
+        return copy.T if self.transposed else copy
+
+    def apply(self, X: Tensor, transpose: bool = False) -> Tensor:
+        """A @ X, or A.T @ X, in X's precision."""
+        if X.dtype == torch.float32:
+            return (self.single.T if transpose else self.single) @ X
+        if self.weight.numel() <= WIDE_COPY_LIMIT or "double" in self.__dict__:
+            return (self.double.T if transpose else self.double) @ X
+        chunks = self.weight.split(max(1, CHUNK // self.weight.shape[1]))  # of (rows of W, d_in)
+        if transpose == self.transposed:  # W @ X
+            return torch.cat([(chunk.double() @ X).mul_(self.scale) for chunk in chunks])
+        out = X.new_zeros(self.weight.shape[1], X.shape[1])  # W.T @ X
+        for chunk, part in zip(chunks, X.split(chunks[0].shape[0]), strict=True):
+            out.addmm_(chunk.double().T, part, alpha=self.scale)
+        return out
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """A.T @ A in fp32, (n, n): the lower block triangle is computed and mirrored."""
+        A, n = self.single, self.columns
+        out = A.new_empty(n, n)
+        step = -(-n // 6) if n >= 1024 else n
+        for low in range(0, n, step):
+            high = min(low + step, n)
+            out[low:, low:high] = A[:, low:].T @ A[:, low:high]
+            out[low:high, high:] = out[high:, low:high].T
+        return out
+
+    @cached_property
+    def gram_factor(self) -> Tensor | None:
+        """Cholesky factor of the fp32 Gram matrix, None where it is numerically indefinite."""
+        L, info = torch.linalg.cholesky_ex(self.gram)
+        return None if int(info) else L
+
+    @cached_property
+    def _gram_eigh(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.double.T @ self.double)
+        return values.flip(0), vectors.flip(1)
+
+    @property
+    def gram_eigenvectors(self) -> Tensor:
+        """Eigenvectors of the fp64 Gram matrix (n, n), largest eigenvalue first."""
+        return self._gram_eigh[1]
+
+    @property
+    def gram_largest(self) -> float:
+        """sigma_1 of A from the fp64 Gram matrix."""
+        return float(self._gram_eigh[0][0].clamp_min(0).sqrt())
+
+    @cached_property
+    def triangle(self) -> Tensor:
+        """R of A = QR in fp64, (n, n), its diagonal kept away from zero."""
+        R = torch.linalg.qr(self.double, mode="r")[1]
+        if self.weight.numel() > WIDE_COPY_LIMIT:
+            del self.__dict__["double"]
+        return _floored(R)
+
+    @cached_property
+    def lu(self) -> tuple[Tensor, Tensor]:
+        """(LU, row order) of a square A in fp64: A[order] = L @ U, U's diagonal kept away from zero."""
+        LU, pivots, _ = torch.linalg.lu_factor_ex(self.double)  # singular is fine: floored below
+        P = torch.lu_unpack(LU, pivots, unpack_data=False)[0]
+        return _floored(LU), P.argmax(dim=0)
+
+    def inverse_gram_single(self, X: Tensor) -> Tensor:
+        """(A.T A)^-1 X through the fp32 Cholesky factor, (n, b) fp32."""
+        L = self.gram_factor
+        assert L is not None
+        Y = torch.linalg.solve_triangular(L, X, upper=False)
+        return torch.linalg.solve_triangular(L.T, Y, upper=True)
+
+    def inverse_gram_qr(self, X: Tensor) -> Tensor:
+        """(A.T A)^-1 X through R, (n, b) fp64."""
+        R = self.triangle
+        return torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R.T, X, upper=False), upper=True)
+
+    def inverse_gram_lu(self, X: Tensor) -> Tensor:
+        """(A.T A)^-1 X through A[order] = L U, (n, b) fp64."""
+        LU, _ = self.lu  # the permutation cancels in A^-1 A^-T = U^-1 L^-1 L^-T U^-T
+        Y = torch.linalg.solve_triangular(LU.T, X, upper=False)
+        Y = torch.linalg.solve_triangular(LU.T, Y, upper=True, unitriangular=True)
+        Y = torch.linalg.solve_triangular(LU, Y, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(LU, Y, upper=True)
+
+    def inverse_outer_lu(self, X: Tensor) -> Tensor:
+        """(A A.T)^-1 X of a square A, (n, b) fp64."""
+        LU, order = self.lu
+        Y = torch.linalg.solve_triangular(LU, X[order], upper=False, unitriangular=True)
+        Y = torch.linalg.solve_triangular(LU, Y, upper=True)
+        Y = torch.linalg.solve_triangular(LU.T, Y, upper=False)
+        Y = torch.linalg.solve_triangular(LU.T, Y, upper=True, unitriangular=True)
+        out = torch.empty_like(Y)
+        out[order] = Y
+        return out
+
+
+def _safe_scale(largest: float) -> float:
+    """1, or the power of two that keeps squares of very small or very large entries inside fp32's range."""
+    if largest == 0.0 or 2.0**-20 <= largest <= 2.0**20:
+        return 1.0
+    return 2.0 ** min(1000, max(-1000, -math.frexp(largest)[1]))
+
+
+def _floored(factor: Tensor) -> Tensor:
+    """`factor` with its diagonal at least 1e-12 of its scale, so that singular matrices do not give NaN."""
+    diagonal = factor.diagonal()
+    floor = max(1e-12 * float(factor.norm()) / factor.shape[0] ** 0.5, torch.finfo(factor.dtype).tiny)
+    diagonal.copy_(torch.where(diagonal.abs() < floor, torch.full_like(diagonal, floor), diagonal))
+    return factor

@@ -1,0 +1,364 @@
+"""The adapter layer: PEFT's LoRA linear with starts that are subtracted, projected factors and an exact unmerge.
+
+The factors are projected, never the activations: a step pays O(k r d) once instead of O(k d) per token, the
+guarantee holds for whatever optimiser wrote the raw factors, and while a model generates the projected factors are
+computed once (:class:`FactorScope`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...geometry.reversible_add import MergeRecord, add_low_rank_, restore_
+from .inits import Bases, LayerStart, StartRequest, compute_start
+from .state import AdapterGeometry, FactorScope, FrozenFactor, PendingStarts, check_loaded, stored_starts
+
+
+class OffPrincipalVariant(LoraVariant):
+    """PEFT's hook into a LoRA layer's forward; the work is done by :class:`OffPrincipalLinear`."""
+
+    @staticmethod
+    def init(module: OffPrincipalLinear, adapter_name: str, **kwargs: Any) -> None:
+        module.install(adapter_name, kwargs["request"], kwargs.get("start"), kwargs.get("pending"))
+
+    @staticmethod
+    def forward(module: OffPrincipalLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """``x`` (..., d_in) in the adapter's dtype, ``result`` (..., d_out) from the base layer."""
+        x = module.lora_dropout[active_adapter](x)
+        if module.is_plain(active_adapter):
+            update = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+            return result + update * module.scaling[active_adapter]
+        left, right = module.folded_for_forward(active_adapter)
+        return result + F.linear(F.linear(x, right), left)
+
+
+class OffPrincipalLinear(LoraLinear):
+    """LoRA linear for ``nn.Linear`` and ``Conv1D`` bases with off-principal geometry."""
+
+    merged_adapters: list[str]
+    frozen_peft_weight_names: dict[str, tuple[str, ...]]
+    other_param_names = (
+        *LoraLinear.other_param_names,
+        "lora_start_A",
+        "lora_start_B",
+        "lora_basis_U",
+        "lora_basis_V",
+        "geometry",
+    )
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.kwargs: dict[str, Any] = {}  # PEFT keeps the arguments, ours hold whole starts
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        return {("init_subspace",): OffPrincipalVariant}
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "lora_basis_U"):
+            self.lora_start_A = nn.ModuleDict({})  # (r, d_in) each
+            self.lora_start_B = nn.ModuleDict({})  # (d_out, r)
+            self.lora_basis_U = nn.ModuleDict({})  # (d_out, k)
+            self.lora_basis_V = nn.ModuleDict({})  # (d_in, k)
+            self.geometry: dict[str, AdapterGeometry] = {}
+            self.scope = FactorScope()  # replaced by the model's own, which its layers share
+            self._pending: dict[str, PendingStarts] = {}
+            self._merge_record: MergeRecord | None = None
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    def install(
+        self,
+        adapter_name: str,
+        request: StartRequest,
+        start: LayerStart | None,
+        pending: PendingStarts | None,
+    ) -> None:
+        """Create the frozen tensors of an adapter and write its start, or note that its values are still to come."""
+        config = request.config
+        self.geometry[adapter_name] = AdapterGeometry(request)
+        has_A, has_B = stored_starts(config)
+        (d_out, d_in), r, k = request.shape, request.r, request.k
+        dtype = torch.promote_types(self.get_base_layer().weight.dtype, torch.float32)
+        frozen = [(self.lora_start_A, has_A, (r, d_in), False), (self.lora_start_B, has_B, (d_out, r), False)]
+        frozen += [
+            (self.lora_basis_U, config.projection in ("output", "both"), (d_out, k), True),
+            (self.lora_basis_V, config.projection in ("input", "both"), (d_in, k), True),
+        ]
+        for container, wanted, shape, keep_precision in frozen:
+            if wanted:
+                container[adapter_name] = FrozenFactor(shape, dtype, keep_precision=keep_precision)
+        self.lora_A[adapter_name].to(dtype)
+        self.lora_B[adapter_name].to(dtype)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.train_factors != "both":
+            names = dict(self.frozen_peft_weight_names)
+            names[adapter_name] = ("lora_B",) if config.train_factors == "A" else ("lora_A",)
+            self.frozen_peft_weight_names = names
+        if start is not None:
+            self._write_start(adapter_name, start)
+        if pending is not None:
+            self._pending[adapter_name] = pending
+            if start is None:
+                pending.unstarted.add(request.name)
+
+    @torch.no_grad()
+    def _write_start(self, adapter_name: str, start: LayerStart) -> None:
+        for container, value in (
+            (self.lora_A, start.A),
+            (self.lora_B, start.B),
+            (self.lora_start_A, start.A),
+            (self.lora_start_B, start.B),
+            (self.lora_basis_U, start.U),
+            (self.lora_basis_V, start.V),
+        ):
+            if adapter_name in container and value is not None:
+                _weight(container, adapter_name).copy_(value)
+
+    def ensure_started(self, adapter_name: str) -> None:
+        """Compute a postponed start. Raises ``ValueError`` where a saved adapter filled other layers but not this."""
+        pending = self._pending.get(adapter_name)
+        request = self.geometry[adapter_name].request
+        if pending is None or request.name not in pending.unstarted:
+            return
+        pending.check_complete()
+        self._write_start(adapter_name, compute_start(self.original_weight(), request))
+        pending.unstarted.discard(request.name)
+
+    def known_start(self, request: StartRequest) -> tuple[LayerStart | None, Bases]:
+        """What another adapter of this layer already holds: its whole start if the keys agree, and its bases."""
+        bases: list[Tensor | None] = [None, None]
+        start = None
+        for name, other in self.geometry.items():
+            self.ensure_started(name)
+            for i, container in enumerate((self.lora_basis_U, self.lora_basis_V)):
+                if name in container and other.request.k == request.k:
+                    bases[i] = _weight(container, name).detach().clone()
+            if other.request.start_key == request.start_key and start is None:
+                start = self._recorded_factors(name, other)
+        known = Bases(*bases)
+        projection = request.config.projection
+        complete = (projection in ("none", "input") or known.U is not None) and (
+            projection in ("none", "output") or known.V is not None
+        )
+        if start is None or not complete:
+            return None, known
+        U = known.U if projection in ("output", "both") else None
+        V = known.V if projection in ("input", "both") else None
+        return LayerStart(*start, U, V), known
+
+    def _recorded_factors(self, name: str, geometry: AdapterGeometry) -> tuple[Tensor, Tensor] | None:
+        """The starting A and B of adapter ``name``, or ``None`` where they were cheap and not kept."""
+        factors = []
+        for factor, container, live in (
+            ("A", self.lora_start_A, self.lora_A),
+            ("B", self.lora_start_B, self.lora_B),
+        ):
+            config = geometry.request.config
+            if config.init_factors not in (factor, "both"):
+                factors.append(torch.zeros_like(_weight(live, name)))
+            elif name in container:
+                factors.append(_weight(container, name).detach().clone())
+            elif config.train_factors not in (factor, "both"):
+                factors.append(_weight(live, name).detach().clone())
+            else:
+                return None
+        return factors[0], factors[1]
+
+    # -- the update -------------------------------------------------------------------------------------------
+
+    def is_plain(self, adapter_name: str) -> bool:
+        """Whether the update is the product of the raw factors, as in LoRA."""
+        if self._pending:
+            self.ensure_started(adapter_name)
+        geometry = self.geometry[adapter_name]
+        return not geometry.difference and geometry.request.config.projection == "none"
+
+    def effective_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """``left`` (d_out, R), ``right`` (R, d_in) with ``dW = left @ right``; R is r, or 2r where both factors
+        started away from zero and both train. fp32 (fp64 for fp64 factors), differentiable, scaling included."""
+        left, right = self._fold(adapter_name)
+        return left * self.scaling[adapter_name], right
+
+    def folded_for_forward(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """:meth:`effective_factors` in the parameters' dtype, reused inside an open :class:`FactorScope`."""
+        key = (id(self), adapter_name)
+        if self.scope.usable and key in self.scope.folded:
+            return self.scope.folded[key]
+        left, right = self.effective_factors(adapter_name)
+        dtype = _weight(self.lora_A, adapter_name).dtype
+        folded = (left.to(dtype), right.to(dtype))
+        if self.scope.usable:
+            self.scope.folded[key] = folded
+        return folded
+
+    def _fold(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        if self._pending:
+            self.ensure_started(adapter_name)
+        geometry = self.geometry[adapter_name]
+        A, B = _weight(self.lora_A, adapter_name), _weight(self.lora_B, adapter_name)
+        wide = torch.promote_types(A.dtype, torch.float32)
+        with torch.autocast(device_type=A.device.type, enabled=False):
+            left, right = B.to(wide), A.to(wide)
+            if geometry.difference:
+                A0 = _weight(self.lora_start_A, adapter_name).to(wide)
+                B0 = _weight(self.lora_start_B, adapter_name).to(wide)
+                left, right = _differences(left, right, B0, A0, geometry.request.config.train_factors)
+            if adapter_name in self.lora_basis_U:
+                left = _off_columns(left, _weight(self.lora_basis_U, adapter_name).to(wide))
+            if adapter_name in self.lora_basis_V:
+                right = _off_columns(right.T, _weight(self.lora_basis_V, adapter_name).to(wide)).T
+        return left, right
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of an adapter in the base weight's layout and the factors' dtype (computed in at least fp32)."""
+        with torch.no_grad():
+            left, right = self.effective_factors(adapter)
+            delta = (left @ right).to(_weight(self.lora_B, adapter).dtype)
+        return delta.T if self.fan_in_fan_out else delta
+
+    # -- the base weight --------------------------------------------------------------------------------------
+
+    def _base_matrix(self) -> Tensor:
+        """The base weight's data as (d_out, d_in), a view for ``Conv1D``."""
+        weight = self.get_base_layer().weight.data
+        return weight.T if self.fan_in_fan_out else weight
+
+    def original_weight(self) -> Tensor:
+        """The base weight (d_out, d_in) without any merged adapter; a copy only while merged."""
+        weight = self._base_matrix()
+        if self._merge_record is None:
+            return weight
+        weight = weight.clone()
+        restore_(weight, self._merge_record)
+        return weight
+
+    @property
+    def merge_record_nbytes(self) -> int:
+        """Bytes held so that an unmerge restores the base exactly; 0 while not merged."""
+        return 0 if self._merge_record is None else self._merge_record.nbytes
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write base + dW of the given (default: active) adapters into the base weight, summed before rounding.
+
+        The update is added in fp32 (fp64 for fp32 bases) and rounded once, and a record is kept from which
+        :meth:`unmerge` restores the base's bytes. With ``safe_merge`` a result with NaN or infinity raises
+        ``ValueError`` and leaves the weight as it was.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lora_A]
+        if not names:
+            return
+        merged = [*self.merged_adapters, *names]
+        with torch.no_grad():
+            factors = [self.effective_factors(name) for name in merged]
+            left = torch.cat([left for left, _ in factors], dim=1)
+            right = torch.cat([right for _, right in factors], dim=0)
+            weight = self._base_matrix()
+            self._restore()
+            record = add_low_rank_(weight, left, right)
+            if safe_merge and not torch.isfinite(weight).all():
+                restore_(weight, record)
+                before, self.merged_adapters = list(self.merged_adapters), []
+                if before:
+                    self.merge(adapter_names=before)
+                raise ValueError(
+                    f"NaNs or infinities detected in the merged weights of {self._name}: adapter(s) "
+                    f"{', '.join(names)} seem to be broken. The base weight was left as it was."
+                )
+        self._merge_record, self.merged_adapters = record, merged
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight; its bytes are then the original ones."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore()
+        self.merged_adapters = []
+
+    def _restore(self) -> None:
+        if self._merge_record is not None:
+            restore_(self._base_matrix(), self._merge_record)
+            self._merge_record = None
+
+    @property
+    def _name(self) -> str:
+        return next(iter(self.geometry.values())).request.name if self.geometry else "a layer"
+
+    # -- bookkeeping ------------------------------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._pending.pop(adapter_name, None)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the base's device, but not to its dtype: starts and bases rounded to bf16 are other starts and bases."""
+        device = device if device is not None else self.get_base_layer().weight.device
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name, None)
+            if not isinstance(container, nn.ModuleDict | nn.ParameterDict) or adapter_name not in container:
+                continue
+            if any(p.is_meta for p in container[adapter_name].parameters()):
+                continue
+            container[adapter_name].to(device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, pending in self._pending.items():
+            if not pending.keys_only:
+                self.ensure_started(name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Check that what is about to be loaded is whole and fits before any of it is written."""
+        for name, geometry in self.geometry.items():
+            expected = {
+                f"{prefix}{part}.{name}.{key}": tuple(value.shape)
+                for part in (
+                    "lora_A",
+                    "lora_B",
+                    "lora_start_A",
+                    "lora_start_B",
+                    "lora_basis_U",
+                    "lora_basis_V",
+                )
+                if name in getattr(self, part)
+                for key, value in getattr(self, part)[name].named_parameters()
+            }
+            present = {key for key in expected if key in state_dict}
+            if not present:
+                continue
+            check_loaded(expected, present, state_dict, geometry.request)
+            pending = self._pending.pop(name, None)
+            if pending is not None:
+                pending.unstarted.discard(geometry.request.name)
+                pending.filled.add(geometry.request.name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _weight(container: nn.ModuleDict, adapter_name: str) -> Tensor:
+    weight = container[adapter_name].weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _differences(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, train: str) -> tuple[Tensor, Tensor]:
+    """Factors of BA - B0 A0 that vanish exactly at the start.
+
+    [B - B0, B0] [A; A - A0] where both train; where only one does, the other equals its start and rank r is enough.
+    """
+    if train == "A":
+        return B0, A - A0
+    if train == "B":
+        return B - B0, A0
+    return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0], dim=0)
+
+
+def _off_columns(X: Tensor, Q: Tensor) -> Tensor:
+    """(I - Q Q^T) X for orthonormal Q (d, k) and X (d, n)."""
+    return torch.addmm(X, Q, Q.T @ X, alpha=-1)

@@ -1,0 +1,304 @@
+"""The tuner: plans and computes every layer's start before the model is touched, then injects the layers."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import OffPrincipalLoraConfig
+from .inits import LayerStart, StartRequest, check_request, compute_start, needs_decomposition
+from .layer import OffPrincipalLinear
+from .state import FactorScope, PendingStarts
+
+_SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class OffPrincipalLoraModel(LoraModel):
+    """Applies :class:`OffPrincipalLoraConfig` to the linear layers of a model.
+
+    The base model's weights are read once, to compute starts and bases, and never written except by an explicit
+    merge, which an unmerge undoes bit for bit.
+    """
+
+    tuner_layer_cls = OffPrincipalLinear
+
+    # -- injection --------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As in PEFT, but every check and every start is done before the first layer is replaced.
+
+        Raises:
+            ValueError: a target, ``rank_pattern`` or ``alpha_pattern`` entry that matches nothing, a target class or
+                weight that cannot be adapted, an r or k that a layer cannot hold; the model is then unchanged.
+        """
+        if "scope" not in self.__dict__:
+            self.scope = FactorScope()
+            self._requests: dict[str, StartRequest] = {}
+            self._starts: dict[str, LayerStart] = {}
+            self._pending: dict[str, PendingStarts] = {}
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        _maybe_include_all_linear_layers(config, model)
+        frozen_config = copy.copy(config)  # requests outlive this call, the user's config may change
+        targets = _matched_targets(self, config, model, state_dict)
+        self._requests = {key: _request(frozen_config, key, module) for key, module in targets.items()}
+        for request in self._requests.values():
+            check_request(request)
+        self._pending.pop(adapter_name, None)
+        values_follow = config._values_may_follow or low_cpu_mem_usage
+        if values_follow:
+            self._pending[adapter_name] = PendingStarts(adapter_name, set(targets))
+        for key, module in targets.items():
+            start = self._start(self._requests[key], module, only_if_cheap=values_follow)
+            if start is not None:
+                self._starts[key] = start
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            self._requests, self._starts = {}, {}
+
+    def _start(self, request: StartRequest, module: nn.Module, *, only_if_cheap: bool) -> LayerStart | None:
+        """The start of one layer: another adapter's where it has the same one, else computed.
+
+        ``only_if_cheap`` returns ``None`` instead of decomposing a weight.
+        """
+        if not isinstance(module, OffPrincipalLinear):
+            return None if only_if_cheap else compute_start(_oriented_weight(module), request)
+        start, known = module.known_start(request)
+        if start is not None:
+            return start
+        if only_if_cheap and needs_decomposition(request, known):
+            return None
+        return compute_start(module.original_weight(), request, known)
+
+    def _create_and_replace(
+        self,
+        lora_config: OffPrincipalLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **unused: Any,
+    ) -> None:
+        request = self._requests[current_key]
+        pending = self._pending.get(adapter_name)
+        kwargs = {
+            "target_name": current_key,
+            "request": request,
+            "start": self._starts.pop(current_key, None),
+            "pending": pending,
+        }
+        alpha = _pattern_value(lora_config.alpha_pattern, current_key, lora_config.lora_alpha)
+        if isinstance(target, OffPrincipalLinear):
+            target.update_layer(adapter_name, request.r, alpha, config=lora_config, **kwargs)
+            return
+        lora_config.fan_in_fan_out = isinstance(target, Conv1D)
+        layer = OffPrincipalLinear(
+            target,
+            adapter_name,
+            config=lora_config,
+            r=request.r,
+            lora_alpha=alpha,
+            is_target_conv_1d_layer=isinstance(target, Conv1D),
+            **kwargs,
+        )
+        layer.scope = self.scope
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are created in fp32; without ``autocast_adapter_dtype`` they take the base weight's dtype.
+
+        PEFT calls this when an adapter was created and again when its values were loaded, so it is also where an
+        incomplete load is noticed. Bases always stay in fp32.
+        """
+        if adapter_name in self._pending:
+            self._pending[adapter_name].check_complete()
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for module in self.model.modules():
+            if not isinstance(module, OffPrincipalLinear) or adapter_name not in module.lora_A:
+                continue
+            dtype = module.get_base_layer().weight.dtype
+            for container in (module.lora_A, module.lora_B, module.lora_start_A, module.lora_start_B):
+                if adapter_name in container:
+                    container[adapter_name].to(dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._pending.pop(adapter_name, None)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT reads the model's keys through ``state_dict()``, which must not start layers about to be loaded."""
+        layers = [m for m in model.modules() if isinstance(m, OffPrincipalLinear)]
+        pending = [layer._pending[adapter_name] for layer in layers if adapter_name in layer._pending]
+        for each in pending:
+            each.keys_only = True
+        try:
+            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        finally:
+            for each in pending:
+                each.keys_only = False
+
+    # -- running ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with self.scope.open(), super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def reuse_projected_factors(self) -> Any:
+        """A context manager within which the caller promises that no adapter parameter changes.
+
+        Under ``torch.no_grad()`` or ``inference_mode`` the projected factors are then computed once instead of once
+        per forward. ``generate`` opens it by itself; it is for hand-written decoding loops.
+        """
+        return self.scope.open()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """``unload()`` returns the base model with the bytes it had: what is merged is taken out first."""
+        if not merge:
+            for module in self.model.modules():
+                if isinstance(module, OffPrincipalLinear) and module.merged:
+                    module.unmerge()
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    # -- LoRA operations that combine raw factors -------------------------------------------------------------
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT combines lora_A and lora_B, which are not the update where starts or projections differ."""
+        raise ValueError(
+            "add_weighted_adapter combines the raw lora_A and lora_B, but the update of an off-principal adapter also "
+            "depends on its starts and bases. Merge the adapters instead: model.merge_adapter(adapter_names=[...])."
+        )
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Refused: no base weight was mutated, so there is nothing to convert."""
+        raise ValueError(
+            "path_initial_model_for_weight_conversion undoes inits that change the base weight; off-principal "
+            "adapters never do, and save_pretrained without it already stores the whole update."
+        )
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return cls.subtract_mutated_init(*args, **kwargs)
+
+
+# -- planning: which layers, and whether each can be adapted ------------------------------------------------------
+
+
+def _matched_targets(
+    tuner: BaseTuner, config: OffPrincipalLoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
+) -> dict[str, nn.Module]:
+    """Modules that the config targets by their key, in model order; adapter internals excluded."""
+    from_checkpoint = None
+    if state_dict is not None:
+        from_checkpoint = {key.rsplit("." + tuner.prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+    inside: list[str] = []
+    seen: list[str] = []
+    targets: dict[str, nn.Module] = {}
+    for key, module in model.named_modules():
+        if not key or any(key.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(key + ".")
+        seen.append(key)
+        matched = (
+            bool(tuner._check_target_module_exists(config, key))
+            if from_checkpoint is None
+            else key.removeprefix("_orig_mod.") in from_checkpoint
+        )
+        if matched:
+            targets[key] = module
+    if from_checkpoint is None:
+        _check_every_entry_matches(config, seen, targets, model)
+    return targets
+
+
+def _check_every_entry_matches(
+    config: OffPrincipalLoraConfig, seen: list[str], targets: dict[str, nn.Module], model: nn.Module
+) -> None:
+    linear = sorted({k.rsplit(".", 1)[-1] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    if isinstance(config.target_modules, list | set | tuple):
+        for entry in sorted(config.target_modules):
+            if not any(key == entry or key.endswith(f".{entry}") for key in seen):
+                raise ValueError(
+                    f"target_modules entry {entry!r} matches no module of the model; its linear layers are named "
+                    f"{', '.join(linear)}."
+                )
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", key) for key in targets):
+                names = sorted({key.rsplit(".", 1)[-1] for key in targets})
+                raise ValueError(
+                    f"{option} entry {pattern!r} matches none of the {len(targets)} targeted layers, whose names end "
+                    f"in {', '.join(names)}."
+                )
+
+
+def _request(config: OffPrincipalLoraConfig, key: str, module: nn.Module) -> StartRequest:
+    base = module.get_base_layer() if isinstance(module, OffPrincipalLinear) else module
+    reads_weight = config.init_subspace in ("top", "bottom", "null") or config.projection != "none"
+    _check_supported(key, base, needs_values=reads_weight and not config._values_may_follow)
+    d_out, d_in = _oriented_weight(base).shape
+    shape = (d_out, d_in)
+    r = _pattern_value(config.rank_pattern, key, config.r)
+    alpha = _pattern_value(config.alpha_pattern, key, config.lora_alpha)
+    scaling = alpha / r**0.5 if config.use_rslora else alpha / r
+    return StartRequest(key, shape, r, config.resolve_principal_rank(shape), scaling, config)
+
+
+def _check_supported(key: str, base: nn.Module, *, needs_values: bool) -> None:
+    kind = f"{type(base).__module__}.{type(base).__qualname__}"
+    if isinstance(base, BaseTunerLayer):
+        raise ValueError(f"{key} already carries a {kind} adapter; unload that adapter first.")
+    if not isinstance(base, nn.Linear | Conv1D):
+        raise ValueError(
+            f"{key} is a {kind}; off-principal LoRA adapts torch.nn.Linear and transformers' Conv1D layers. Narrow "
+            "target_modules or list it in exclude_modules."
+        )
+    weight = base.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in _SUPPORTED_DTYPES or weight.dim() != 2:
+        raise ValueError(
+            f"{key} ({kind}) has a weight of type {type(weight).__name__}, dtype {weight.dtype} and shape "
+            f"{tuple(weight.shape)}; off-principal LoRA needs a plain 2-D parameter in float32, bfloat16, float16 or "
+            "float64. Quantised and sharded bases are not supported by this method."
+        )
+    if needs_values and weight.is_meta:
+        raise ValueError(
+            f"{key} (weight {weight.shape[0]} x {weight.shape[1]}) is on the meta device and has no values to "
+            "decompose; load the base model's weights first, or load a saved adapter with low_cpu_mem_usage=True."
+        )
+
+
+def _oriented_weight(base: nn.Module) -> Tensor:
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+
+
+def _pattern_value(patterns: dict[str, Any] | None, key: str, default: Any) -> Any:
+    patterns = patterns or {}
+    return patterns.get(get_pattern_key(patterns.keys(), key), default)
