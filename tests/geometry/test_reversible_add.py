@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import DEVICES
 from torch import Tensor
 
+from helpers import DEVICES
 from offprincipal_peft.geometry import reversible_add
 from offprincipal_peft.geometry.reversible_add import MergeRecord, add_low_rank_, restore_
 
@@ -139,12 +139,12 @@ def test_the_merged_value_is_the_sum_rounded_once(dtype, size):
     exact = weight.double() + product
     add_low_rank_(weight, left, right)
     if dtype == torch.float64:
-        torch.testing.assert_close(weight, exact, rtol=0, atol=1e-15 * size)  # another summation order at most
+        torch.testing.assert_close(weight, exact, rtol=0, atol=1e-15 * max(size, 0.1))  # observed: 4e-16
         return
     # A sum that lies on a rounding boundary within the product's own error may go either way.
     slack = 1e-5 * (product.abs() + 1e-3) if dtype != torch.float32 else 1e-13 * (product.abs() + 1e-3)
     untied = (exact + slack).to(dtype) == (exact - slack).to(dtype)
-    assert untied.float().mean() > 0.9  # observed: 0.98 to 1.0
+    assert untied.float().mean() > 0.9  # observed: 0.963 to 1.0
     assert torch.equal(weight[untied], exact.to(dtype)[untied])
 
 
@@ -155,7 +155,7 @@ def test_rounding_twice_would_be_seen():
     twice = weight + (left @ right).bfloat16()
     add_low_rank_(weight, left, right)
     differing = (weight != twice).float().mean().item()
-    assert differing > 1e-3  # observed: 0.011
+    assert differing > 0.01  # observed: 0.0935
 
 
 # -- another summation order ------------------------------------------------------------------------------------
@@ -203,14 +203,14 @@ CHANGES = {"rank by rank": rank_by_rank, "0.9 of the noise": shifted(0.9)}
 
 
 def mismatches(monkeypatch, dtype: torch.dtype, size: float, change: str, margin: bool) -> int:
-    """Entries whose bits do not come back when the product at restoring is another one than at adding."""
+    """Entries (of 1,048,576) whose bits do not come back when the product at restoring is another one."""
     weight = drawn_weight(dtype, (1024, 1024))
     before = bits(weight).clone()
     with monkeypatch.context() as patch:
         if not margin:
             patch.setattr(reversible_add, "_recovered", without_margin)
-        record = add_low_rank_(weight, *drawn_factors(weight, size))
-        assert record.original is None, "the list of entries is what is under test"
+        record = add_low_rank_(weight, *drawn_factors(weight, size, rank=64))
+        assert record.original is None, "the list of entries is under test, not a copy of the weight"
         patch.setattr(reversible_add, "_products", CHANGES[change](reversible_add._products))
         restore_(weight, record)
     return int((bits(weight) != before).sum())
@@ -219,27 +219,26 @@ def mismatches(monkeypatch, dtype: torch.dtype, size: float, change: str, margin
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    [(torch.bfloat16, 0.01), (torch.bfloat16, 0.3), (torch.float16, 0.1), (torch.float32, 0.3)],
+    [(torch.bfloat16, 0.03), (torch.bfloat16, 0.3), (torch.float16, 0.3), (torch.float32, 1.0)],
     ids=str,
 )
 def test_a_product_summed_otherwise_restores_the_same_bytes(monkeypatch, dtype, size, change):
     assert mismatches(monkeypatch, dtype, size, change, margin=True) == 0
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size", "change"),
-    [
-        (torch.bfloat16, 0.3, "rank by rank"),
-        (torch.float16, 0.1, "rank by rank"),
-        (torch.bfloat16, 0.3, "0.9 of the noise"),
-    ],
-    ids=str,
-)
-def test_without_the_margin_it_does_not(monkeypatch, dtype, size, change):
-    """The guard has teeth. Observed of 1,048,576 entries: see the report of each case below."""
-    lost = mismatches(monkeypatch, dtype, size, change, margin=False)
-    print(f"{dtype}, update {size} of the weight, {change}: {lost} entries not restored without the margin")
-    assert lost > 0
+# Observed of 1,048,576 entries; where the order of a sum decides, another processor may see another number.
+LOST_WITHOUT_MARGIN = {
+    (torch.bfloat16, "rank by rank"): 15,
+    (torch.float16, "rank by rank"): 182,
+    (torch.bfloat16, "0.9 of the noise"): 40_974,
+    (torch.float16, "0.9 of the noise"): 306_608,
+    (torch.float32, "0.9 of the noise"): 7,
+}
+
+
+@pytest.mark.parametrize(("dtype", "change"), LOST_WITHOUT_MARGIN, ids=str)
+def test_without_the_margin_it_does_not(monkeypatch, dtype, change):
+    assert mismatches(monkeypatch, dtype, 1.0, change, margin=False) > 0
 
 
 # -- what is held -----------------------------------------------------------------------------------------------
@@ -273,12 +272,13 @@ def test_factors_given_as_slices_are_copied_without_what_lies_around_them():
     assert torch.equal(before, bits(weight))
 
 
-@pytest.mark.parametrize(("size", "most"), [(1e-3, 0.12), (1e-2, 0.12), (0.1, 0.25)])
+# Observed: 0.035, 0.057, 0.181; the factors are 0.031 of the weight.
+@pytest.mark.parametrize(("size", "most"), [(1e-3, 0.045), (1e-2, 0.07), (0.1, 0.22)])
 def test_a_small_update_of_a_bf16_weight_is_cheap_to_hold(size, most):
     weight = drawn_weight(torch.bfloat16, (1024, 1024))
     record = add_low_rank_(weight, *drawn_factors(weight, size))
     share = record.nbytes / (weight.numel() * weight.element_size())
-    assert share < most  # observed: SHARES
+    assert share < most
 
 
 # -- errors -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers import assert_same_base, base_bytes, relative_error, tiny_gpt2, tiny_llama, token_batch
 from offprincipal_peft import OffPrincipalLoraConfig
-from offprincipal_peft.tuners import OffPrincipalLoraModel
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 COMMON = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -88,13 +87,12 @@ def test_the_kaiming_draw_is_loras(kind):
         assert A.abs().max() <= bound
         ordered = ((A.double().flatten() / bound + 1) / 2).sort().values
         n = len(ordered)
-        # Kolmogorov-Smirnov against the uniform law; observed: 0.008 and 0.010, where 1.63 / sqrt(n) = 0.020 is
-        # the 1 % point.
+        # Kolmogorov-Smirnov against the uniform law at its 1 % point, 0.020; observed: 0.0087 and 0.0095
         assert (ordered - (torch.arange(n) + 0.5) / n).abs().max() < 1.63 / math.sqrt(n)
-        # observed: at most 0.6 standard errors
+        # observed: 0.8 standard errors
         assert abs(A.mean()) < 3 * bound / math.sqrt(3 * n)
     theirs = nn.Linear(400, 16, bias=False).weight  # PEFT draws with the same call
-    assert relative_error(A.std(), theirs.std()) < 0.03  # observed: 0.003
+    assert relative_error(A.std(), theirs.std()) < 0.03  # observed: 0.001
 
 
 def test_the_draw_differs_between_layers_and_seeds_and_only_there():
@@ -150,28 +148,24 @@ def train(model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], lr: floa
     return losses
 
 
-def pissa_runs(optimizer_cls: type[torch.optim.Optimizer], lr: float) -> tuple[float, float]:
-    """(largest relative difference of the effective weights, of the updates) after 20 steps of ours and PEFT's."""
+def pissa_runs(optimizer_cls: type[torch.optim.Optimizer], lr: float, **changed) -> tuple[float, float]:
+    """(largest relative difference of the effective weights, of the updates) after 20 steps of ours and PEFT's.
+
+    `changed`: options of ours that differ from PEFT's.
+    """
     original = {n: p.detach().double() for n, p in tiny_llama().named_parameters()}
     configs = (
-        OffPrincipalLoraConfig.preset("pissa", **COMMON),
+        OffPrincipalLoraConfig.preset("pissa", **COMMON | changed),
         LoraConfig(**COMMON, init_lora_weights="pissa"),
     )
-    weights, losses = [], []
+    weights = []
     for config in configs:
-        base = tiny_llama()
-        before = base_bytes(base)
-        model = get_peft_model(base, config)
-        losses.append(train(model, optimizer_cls, lr))
+        model = get_peft_model(tiny_llama(), config)
+        losses = train(model, optimizer_cls, lr)
+        assert losses[-1] < 0.95 * losses[0]  # observed: 4.89 to 4.40 (SGD) and 4.02 (AdamW)
         weights.append(effective_weights(model))
-        if isinstance(config, OffPrincipalLoraConfig):
-            assert_same_base(before, base_bytes(model))
-        else:
-            changed = {n for n, digest in base_bytes(model).items() if digest != before[n]}
-            assert changed == {f"{n.removeprefix('base_model.model.')}.weight" for n in weights[-1]}
     ours, theirs = weights
     assert ours.keys() == theirs.keys() and len(ours) == 14
-    assert losses[0][-1] < 0.9 * losses[0][0]  # observed: SGD 4.96 to 4.10, AdamW 4.96 to 1.1
     W0 = {n: original[n.removeprefix("base_model.model.") + ".weight"] for n in ours}
     of_weights = max(relative_error(ours[n], theirs[n]) for n in ours)
     of_updates = max(relative_error(ours[n] - W0[n], theirs[n] - W0[n]) for n in ours)
@@ -180,15 +174,36 @@ def pissa_runs(optimizer_cls: type[torch.optim.Optimizer], lr: float) -> tuple[f
 
 def test_pissa_trains_as_pefts_does_under_sgd():
     of_weights, of_updates = pissa_runs(torch.optim.SGD, lr=0.3)
-    assert of_weights <= 1e-5  # observed
-    assert of_updates <= 1e-4  # observed
+    assert of_weights <= 1e-5  # observed: 3.9e-6
+    assert of_updates <= 1e-4  # observed: 2.3e-5; two fp32 bases, two SVDs, 20 steps
 
 
 def test_pissa_trains_as_pefts_does_under_adamw():
-    """Adam divides by the root of a gradient's own square, so rounding in tiny gradients is not kept small."""
-    of_weights, of_updates = pissa_runs(torch.optim.AdamW, lr=2e-3)
-    assert of_weights <= 1e-2  # observed
-    assert of_updates <= 1e-2  # observed
+    """Adam divides by a gradient's own size, so no bound follows from the arithmetic; this is what is seen."""
+    of_weights, of_updates = pissa_runs(torch.optim.AdamW, lr=5e-3)
+    assert of_weights <= 1e-4  # observed: 8.1e-6
+    assert of_updates <= 1e-3  # observed: 2.4e-5
+
+
+def test_a_slightly_other_pissa_would_be_seen():
+    """One per cent more alpha moves the starts and the steps by half a per cent."""
+    of_weights, of_updates = pissa_runs(torch.optim.SGD, lr=0.3, lora_alpha=8.08)
+    assert of_weights > 1e-4 and of_updates > 1e-3  # observed: 8.3e-3, 2.2e-2
+
+
+def test_pissa_leaves_the_base_alone_and_pefts_does_not():
+    ours, theirs = tiny_llama(), tiny_llama()
+    before = base_bytes(ours)
+    adapted = get_peft_model(ours, OffPrincipalLoraConfig.preset("pissa", **COMMON))
+    assert_same_base(before, base_bytes(adapted))
+    train(adapted, torch.optim.SGD, lr=0.3, steps=2)
+    assert_same_base(before, base_bytes(adapted))
+    assert_same_base(before, base_bytes(adapted.unload()))
+    changed = get_peft_model(theirs, LoraConfig(**COMMON, init_lora_weights="pissa"))
+    after = base_bytes(changed)
+    assert {n for n in before if before[n] != after[n]} == {
+        f"{n.removeprefix('base_model.model.')}.weight" for n in adapter_layers(changed)
+    }
 
 
 # -- MiCA: the same start, and the null space that a thin SVD does not reach --------------------------------------
@@ -215,18 +230,13 @@ def mica_starts(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("name", "shape"), MICA[:2], ids=["square", "wide"])
 def test_mica_starts_where_pefts_does(name, shape):
     W, ours, theirs = mica_starts(shape)
-    # observed: 2e-6 (square), 1e-6 (wide)
+    # observed: 3.2e-7 (square), 8.9e-7 (wide)
     assert (ours @ ours.T - theirs @ theirs.T).abs().max() < 2e-5
 
 
 def test_mica_on_a_tall_weight_lies_in_the_null_space():
     W, ours, theirs = mica_starts(MICA[2][1])
-    # observed: 1e-7
-    assert (W.T @ ours).norm() < 1e-6 * W.norm()
-    # The thin SVD's last left vectors are not null; observed: 0.22
+    # observed: 9.7e-9
+    assert (W.T @ ours).norm() < 1e-7 * W.norm()
+    # The thin SVD's last left vectors are not null; observed: 0.23
     assert (W.T @ theirs).norm() > 0.1 * W.norm()
-
-
-def test_our_model_is_the_one_that_ran():
-    assert isinstance(get_peft_model(tiny_llama(), OffPrincipalLoraConfig.preset("lora", **COMMON)).base_model,
-                      OffPrincipalLoraModel)  # fmt: skip

@@ -119,8 +119,7 @@ def test_the_measurement_sees_a_wrong_reference(tmp_path: Path) -> None:
     """PEFT's own PiSSA writes its residual into the base, so disabling it is not the policy's start."""
     config = LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear", task_type="CAUSAL_LM")
     kl = _kl_per_step(_trainer(tiny_llama(), tmp_path, config, steps=1))
-    print("KLSEEN", kl)
-    assert kl[0] > 1e-5
+    assert kl[0] > 1e-5  # seen 0.037
 
 
 def _no_decomposition(*_: Any, **__: Any) -> None:

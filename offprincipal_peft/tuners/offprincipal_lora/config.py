@@ -119,9 +119,9 @@ class OffPrincipalLoraConfig(LoraConfig):
         # A saved config carries its peft_type, a fresh one does not: with values about to be loaded the layers
         # postpone their decompositions (see model.PendingStarts).
         self._values_may_follow: bool = getattr(self, "peft_type", None) is not None
+        self._refuse_inherited()  # first, because PEFT clears some of these with no more than a warning
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE_NAME)
-        self._refuse_inherited()
         self._check_axes()
         self._check_combination()
 
