@@ -28,8 +28,7 @@ def load(folder: str | None) -> torch.nn.Module:
 
 def batches(steps: int, vocab: int) -> list[torch.Tensor]:
     """Sums written as bytes: something to learn, and nothing to download."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randint(0, 50, (steps, 16, 2), generator=generator).tolist()
+    pairs = torch.randint(0, 50, (steps, 16, 2), generator=torch.Generator().manual_seed(0)).tolist()
     lines = [[f"{a:2d}+{b:2d}={a + b:3d}".encode() for a, b in step] for step in pairs]
     return [torch.tensor([list(line) for line in step]) % vocab for step in lines]
 
@@ -71,9 +70,8 @@ def main() -> None:
         losses = train(model, args.steps)
         layers = [m for m in model.modules() if isinstance(m, OffPrincipalLinear)]
         out, inp, angle, shift, size = torch.tensor([inspect(layer) for layer in layers]).mean(0).tolist()
-        print(
-            f"{preset:13s} {losses[0]:6.3f} -> {losses[-1]:6.3f}   {out:9.4f}%  {inp:9.4f}%  {angle:6.3f}°  {shift:.2e}  {size:.2e}"
-        )
+        row = f"{preset:13s} {losses[0]:6.3f} -> {losses[-1]:6.3f}   {out:9.4f}%  {inp:9.4f}%"
+        print(f"{row}  {angle:6.3f}°  {shift:.2e}  {size:.2e}")
 
 
 if __name__ == "__main__":

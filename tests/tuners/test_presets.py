@@ -188,11 +188,11 @@ def assert_same_directions(actual: Tensor, expected: Tensor, spectrum: Tensor, w
     r, d = expected.shape
     assert actual.shape == (r, d)
     actual = actual.double()
-    # observed: at most 2e-7
-    assert (actual @ actual.T - torch.eye(r).double()).abs().max() < 1e-6, where
+    # observed: at most 4.4e-8
+    assert (actual @ actual.T - torch.eye(r).double()).abs().max() < 3e-7, where
     if spectrum[-r - 1] > 0:
-        # observed: at most 4e-6, where the gap in the spectrum is smallest
-        assert (actual.T @ actual - expected.T @ expected).abs().max() < 4e-5, where
+        # observed: at most 4.4e-8
+        assert (actual.T @ actual - expected.T @ expected).abs().max() < 3e-7, where
 
 
 def side_spectrum(W: Tensor, side: int) -> Tensor:
@@ -214,10 +214,10 @@ def test_paired_starts(preset, kind, dtype, options):
         assert A.shape == truth.A.shape and B.shape == truth.B.shape
         # Paired flips of sign are all that is free: each row of A times its sign, and B's column times the same.
         sign = (A.double() * truth.A).sum(1).sign()
-        # observed: at most 1.5e-6 for each of the three
-        assert relative_error(A * sign[:, None], truth.A) < 1e-5, name
-        assert relative_error(B * sign, truth.B) < 1e-5, name
-        assert relative_error(s * B.double() @ A.double(), s * truth.B @ truth.A) < 1e-5, name
+        # observed: at most 7.6e-8 for each factor and 1.4e-7 for the product: the fp32 in which they are kept
+        assert relative_error(A * sign[:, None], truth.A) < 5e-7, name
+        assert relative_error(B * sign, truth.B) < 5e-7, name
+        assert relative_error(s * B.double() @ A.double(), s * truth.B @ truth.A) < 1e-6, name
 
 
 @DTYPES
@@ -232,8 +232,8 @@ def test_a_spectral_start_is_the_truncated_weight(preset, part, kind, dtype):
             U, S, V = full_svd(W)
             n = len(S)
             truncated = (U[:, :n][:, part] * S[part]) @ V[:, :n][:, part].T
-            # observed: at most 9e-7
-            assert relative_error(alpha / RANK * B.double() @ A.double(), truncated) < 1e-5, name
+            # observed: at most 1.3e-7
+            assert relative_error(alpha / RANK * B.double() @ A.double(), truncated) < 1e-6, name
 
 
 @WITH_OPTIONS
@@ -255,16 +255,16 @@ def test_one_sided_starts(preset, kind, dtype, options):
         assert not zero.any()
         if preset == "rlpo":
             signs = (started.double() * expected).sum(1).sign()
-            # observed: at most 2e-6
-            assert relative_error(started * signs[:, None], expected) < 1e-5, name
+            # observed: at most 3.1e-8
+            assert relative_error(started * signs[:, None], expected) < 3e-7, name
             continue
         spectrum = side_spectrum(W, side)
         assert_same_directions(started, expected, spectrum, name)
         # The energy of W in these directions is the smallest that r orthonormal directions can have.
         along = W.double() @ started.double().T if side else W.double().T @ started.double().T
         least = spectrum[-r:].norm()
-        # observed: at most 3e-7 above it
-        assert along.norm() <= least + 1e-6 * spectrum[0], name
+        # observed: at most 2.9e-8 sigma_1 above it
+        assert along.norm() <= least + 3e-7 * spectrum[0], name
 
 
 def perturb(layers: dict[str, nn.Module], scale: float) -> None:
@@ -293,14 +293,14 @@ def test_the_update_of_a_moved_adapter(preset, kind, dtype, options):
         truth = paper_delta(preset, W, A, B, s)
         delta = layer.get_delta_weight("default")
         assert delta.shape == layer.get_base_layer().weight.shape
-        # observed: at most 1.1e-6
-        assert relative_error(delta.T if kind is Conv1D else delta, truth) < 1e-5, name
+        # observed: at most 2e-7
+        assert relative_error(delta.T if kind is Conv1D else delta, truth) < 1e-6, name
         x = torch.randn(3, 6, W.shape[1], generator=torch.Generator().manual_seed(5)).to(dtype)
         expected = x.double() @ (W.double() + truth).T + layer.get_base_layer().bias.double()
         y = layer(x)
         assert y.dtype == dtype
-        # observed: at most 8e-7 in fp32; in bf16 2.4e-3, from rounding the base's output and then the sum
-        assert relative_error(y, expected) < (1e-5 if dtype == torch.float32 else 5e-3), name
+        # observed: at most 1.3e-7 in fp32; in bf16 2.6e-3, from rounding the base's output and then the sum
+        assert relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 4e-3), name
 
 
 @pytest.mark.parametrize("preset", ["pissa", "offprincipal"])
@@ -313,7 +313,7 @@ def test_another_formula_would_be_seen(preset):
         W, (A, B), s = weight_of(layer), factors(layer), ALPHA / RANK
         delta = layer.get_delta_weight("default")
         wrong = [paper_delta("rlmo", W, A, B, s), paper_delta(preset, W, A, B, 1.01 * s)]
-        # observed: at least 1e-2 for the scaling, 0.1 without the projection or the start
+        # observed: 0.0099 to 0.020 for one per cent of scaling, 0.37 to 0.83 without the start or the projection
         assert min(relative_error(delta, other) for other in wrong) > 5e-3
 
 

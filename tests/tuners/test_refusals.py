@@ -234,7 +234,7 @@ def test_a_null_space_that_is_large_enough(layer, factors):
     W = adapted.get_base_layer().weight.detach()
     started = adapted.lora_A["default"].weight.T if factors == "A" else adapted.lora_B["default"].weight
     along = W @ started if factors == "A" else W.T @ started
-    assert along.norm() < 1e-6 * W.norm()  # observed: 5e-8
+    assert along.norm() < 3e-7 * W.norm()  # observed: 3.0e-8 and 3.7e-8
 
 
 @pytest.mark.parametrize("preset", ["pissa", "milora", "geora"])
