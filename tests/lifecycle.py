@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from helpers import tiny_gpt2, tiny_llama, token_batch
 from offprincipal_peft import OffPrincipalLoraConfig
-from offprincipal_peft.tuners.offprincipal_lora import inits, layer, model
+from offprincipal_peft.tuners.offprincipal_lora import inits, model
+from offprincipal_peft.tuners.offprincipal_lora import layer as layer_module
 
 # Every shape of update: plain with a drawn or a singular start, difference of both, A alone trained, projected.
 PRESETS = ("lora", "pissa", "mica", "rlmo", "geora", "offprincipal")
@@ -49,8 +50,8 @@ def adapted(
     return peft.get_peft_model(tiny(family, dtype), config(preset, **overrides))
 
 
-def off_layers(host: nn.Module) -> list[layer.OffPrincipalLinear]:
-    found = [m for m in host.modules() if isinstance(m, layer.OffPrincipalLinear)]
+def off_layers(host: nn.Module) -> list[layer_module.OffPrincipalLinear]:
+    found = [m for m in host.modules() if isinstance(m, layer_module.OffPrincipalLinear)]
     assert found, "no off-principal layer in the model"
     return found
 
@@ -106,6 +107,48 @@ def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Ten
     assert not differing, f"{len(differing)} of {len(expected)} tensors differ: {differing[:5]}"
 
 
+def gradients(host: PeftModel, ids: Tensor = IDS) -> dict[str, Tensor]:
+    host(input_ids=ids, labels=ids).loss.backward()
+    found = {name: p.grad.clone() for name, p in trainable(host).items() if p.grad is not None}
+    host.zero_grad()
+    assert found.keys() == trainable(host).keys()
+    assert any(g.abs().max() > 0 for g in found.values())
+    return found
+
+
+def update_as_written(layer: nn.Module) -> Tensor:
+    """s (I − U Uᵀ) [(B − B₀) A + B₀ (A − A₀)] (I − V Vᵀ) [d_out, d_in] by its formula, rounded to fp32."""
+    parts = {
+        part: getattr(layer, part)["default"].weight.detach().double()
+        for part in ("lora_A", "lora_B", "lora_start_A", "lora_start_B", "lora_basis_U", "lora_basis_V")
+        if "default" in getattr(layer, part)
+    }
+    A, B = parts["lora_A"], parts["lora_B"]
+    update = B @ A
+    if "lora_start_A" in parts and "lora_start_B" in parts:
+        A0, B0 = parts["lora_start_A"], parts["lora_start_B"]
+        update = (B - B0) @ A + B0 @ (A - A0)
+    for part, size in (("lora_basis_U", len(B)), ("lora_basis_V", A.shape[1])):
+        if part in parts:
+            off = torch.eye(size, dtype=torch.float64) - parts[part] @ parts[part].T
+            update = off @ update if part == "lora_basis_U" else update @ off
+    return (layer.scaling["default"] * update).float()
+
+
+def count_folds(host: PeftModel) -> dict[int, int]:
+    """Counts each layer's `_fold` calls from now on."""
+    calls: dict[int, int] = {}
+    for layer in off_layers(host):
+        real = layer._fold
+
+        def counted(adapter, *, real=real, layer=layer):
+            calls[id(layer)] = calls.get(id(layer), 0) + 1
+            return real(adapter)
+
+        layer._fold = counted
+    return calls
+
+
 class DecompositionError(AssertionError):
     """A weight was decomposed where that is forbidden."""
 
@@ -136,6 +179,6 @@ def no_decomposition() -> Iterator[None]:
             patch.setattr(torch.linalg, name, forbidden(f"torch.linalg.{name}"))
         for name in _TORCH:
             patch.setattr(torch, name, forbidden(f"torch.{name}"))
-        for module in (model, layer):
+        for module in (model, layer_module):
             patch.setattr(module, "compute_start", start)
         yield

@@ -5,6 +5,7 @@ another weight; names, paths and timestamps take no part. One file per request k
 several processes may compute the same basis, and the last atomic rename wins.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -28,8 +29,8 @@ def weight_digest(weight: Tensor) -> bytes:
     """sha256 over dtype, shape and the raw bytes in row-major order; no copy of a contiguous CPU tensor."""
     digest = hashlib.sha256(f"{weight.dtype}:{tuple(weight.shape)}:".encode())
     flat = weight.detach().cpu().contiguous().view(-1)
-    if flat.numel():
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    size = flat.numel() * flat.element_size()
+    digest.update(memoryview((ctypes.c_char * size).from_address(flat.data_ptr())) if size else b"")
     return digest.digest()
 
 

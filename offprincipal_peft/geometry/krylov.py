@@ -6,13 +6,14 @@ Lanczos recurrences hard to trust, and D stays small beside n for the bases that
 Nothing here judges the result: the callers measure the true residual and fall back where it is too large.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHECK_GROWTH = 1.3  # a check costs an eigendecomposition of the projection, too dear to do at every step
+CHECK_GROWTH = 1.3  # at most; a check costs an eigendecomposition of the projection, too dear for every step
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -108,8 +109,9 @@ def leading_eigenpairs(
     n, block = start.shape
     limit = min(max_dim or n, n) // block * block - block  # the appended block must still fit into n
     basis = _Basis(start, max(limit, block))
-    next_check = min(limit, max(wanted + extra, int(1.5 * wanted)))
+    next_check = min(limit, max(wanted + extra, 2 * wanted, 4 * block))
     residual, converged = float("inf"), False
+    previous = 0, 1.0
     while True:
         basis.step(apply)
         if basis.size < next_check:
@@ -120,11 +122,23 @@ def leading_eigenpairs(
         converged = residual <= tolerance
         if converged or basis.size + block > limit:
             break
-        next_check = min(limit, max(basis.size + block, int(CHECK_GROWTH * basis.size)))
+        next_check = min(limit, _next_check(previous, (basis.size, residual), tolerance, block))
+        previous = basis.size, residual
     keep = min(wanted + extra, basis.size)
     rows = basis.rows[: basis.size].double()
     vectors = rows.T @ coefficients[:, :keep].to(rows.device)
     return KrylovResult(vectors, values[:keep].to(rows.device), residual, basis.size, converged)
+
+
+def _next_check(previous: tuple[int, float], now: tuple[int, float], tolerance: float, block: int) -> int:
+    """The basis size at which the residual, going on as between the last two checks, meets the tolerance."""
+    size, residual = now
+    furthest = int(CHECK_GROWTH * size)
+    decades = math.log10(max(previous[1], 1e-300) / max(residual, 1e-300))
+    if decades > 0.5:
+        missing = math.log10(max(residual, 1e-300) / tolerance)
+        furthest = min(furthest, size + int((size - previous[0]) * missing / decades))
+    return max(size + block, size + size // 16, furthest)
 
 
 def solve_spd(

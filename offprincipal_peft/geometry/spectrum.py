@@ -11,7 +11,7 @@ A fast null vector is accepted when ||A^T x|| <= 1e-6 sigma_1; `method="exact"` 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import krylov, solvers
-from .basis_cache import BasisCache
+from .basis_cache import BasisCache, Layout
 from .tall_matrix import TallMatrix, full_precision
 
 Side = Literal["output", "input"]
@@ -27,8 +27,8 @@ Method = Literal["auto", "exact", "fast"]
 
 ACCEPTED_RESIDUAL = 1e-6  # relative to sigma_1
 ACCEPTED_ORTHOGONALITY = 1e-8  # max |Q^T Q - I| in fp64
-EXACT_SIZE = 256  # min(shape) up to which the exact SVD is as fast as anything else
-GRAM_SIZE = 1024  # min(shape) up to which one fp64 eigh of the Gram matrix beats a Krylov iteration
+EXACT_SIZE = 128  # min(shape) up to which the exact SVD is as fast as anything else
+GRAM_SIZE = 1024  # min(shape) up to which one eigh of the Gram matrix beats a Krylov iteration
 
 
 class Triplets(NamedTuple):
@@ -131,7 +131,7 @@ class WeightSpectrum:
         attempts: list[Callable[[], solvers.Solution]] = []
         if self._is_fast(k):
             if n <= GRAM_SIZE or k > n // 8:
-                attempts.append(lambda: solvers.gram_solution(self._matrix, slice(0, k)))
+                attempts.append(lambda: solvers.gram_solution(self._matrix, k, bottom=False))
             else:
                 attempts.append(lambda: solvers.fast_top(self._matrix, k, self.seed))
         return self._oriented(self._solve(f"top({k})", attempts, slice(0, k)))
@@ -145,11 +145,11 @@ class WeightSpectrum:
             attempts: list[Callable[[], solvers.Solution]] = []
             if self._is_fast(r):
                 if A.rows > n and n <= GRAM_SIZE:
-                    attempts.append(lambda: solvers.gram_solution(A, slice(n - r, n)))
+                    attempts.append(lambda: solvers.gram_solution(A, r, bottom=True))
                 elif r <= n // 8:
                     route = solvers.bottom_route(A)
                     attempts.append(lambda: solvers.fast_bottom(A, r, self.seed, route))
-                if A.rows >= solvers.FACTOR_LIMIT * n and r <= n // 8:
+                if A.rows > n and r <= n // 8:
                     attempts.append(lambda: solvers.fast_bottom(A, r, self.seed, "qr-krylov"))
             self._bottoms[r] = self._solve(what, attempts, slice(n - r, n))
         else:
@@ -193,7 +193,7 @@ class WeightSpectrum:
     def _exact_minor(self, r: int, is_long: bool, what: str, fell_back: bool = False) -> Tensor:
         """Null space first, then the smallest nonzero directions, from the exact SVD."""
         U, S, V = self._exact_svd
-        rank = int((S > self._threshold(S[0])).sum())
+        rank = self._matrix.columns - int((self._threshold(S[0]) >= S).sum())
         basis = U if is_long else V
         null_size = basis.shape[0] - rank
         draw = krylov.gaussian(basis.shape[0], min(r, null_size), self.seed, basis)
@@ -204,9 +204,7 @@ class WeightSpectrum:
         smallest = basis[:, rank - (r - draw.shape[1]) : rank].flip(1)
         return torch.cat([draw, smallest], dim=1)
 
-    def _solve(
-        self, what: str, attempts: list[Callable[[], solvers.Solution]], exact_slice: slice
-    ) -> solvers.Solution:
+    def _solve(self, what: str, attempts: list[Callable[[], solvers.Solution]], exact_slice: slice) -> solvers.Solution:
         """The first attempt that passes its own check, else the exact SVD."""
         for attempt in attempts:
             found = attempt()
@@ -255,7 +253,7 @@ class WeightSpectrum:
         return max(self.weight.shape) * torch.finfo(torch.float64).eps * float(largest)
 
     def _threshold_of(self, found: solvers.Solution) -> float:
-        largest = solvers.largest_singular_value(self._matrix, self.seed) / self._matrix.scale
+        largest = self._matrix.largest / self._matrix.scale
         return 10 * max(self.weight.shape) * torch.finfo(torch.float64).eps * largest
 
     def _is_long(self, side: Side) -> bool:
@@ -274,7 +272,7 @@ class WeightSpectrum:
                 f"{letter} must be between 1 and {allowed}"
             )
 
-    def _triplet_layout(self, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _triplet_layout(self, k: int) -> Layout:
         d_out, d_in = self.weight.shape
         return {"U": ((d_out, k), self._dtype), "S": ((k,), self._dtype), "V": ((d_in, k), self._dtype)}
 
@@ -294,8 +292,8 @@ class WeightSpectrum:
     def _cached(
         self,
         what: str,
-        request: dict[str, str | int],
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        request: Mapping[str, str | int],
+        layout: Layout,
         compute: Callable[[], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         key = {"what": what, "method": self.method, "seed": self.seed, **request}

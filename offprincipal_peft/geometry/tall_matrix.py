@@ -21,12 +21,10 @@ CHUNK = 2**23  # entries widened at a time
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No TF32, no bf16 products, no autocast and no graph inside; the caller's settings are restored."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    if hasattr(backends[0], "fp32_precision"):
-        attribute, exact = "fp32_precision", "ieee"
-        backends = [backend for backend in backends if hasattr(backend, attribute)]
-    else:
-        attribute, exact, backends = "allow_tf32", False, backends[:1]
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    attribute = "fp32_precision" if hasattr(backends[0], "fp32_precision") else "allow_tf32"
+    exact: str | bool = "ieee" if attribute == "fp32_precision" else False
+    backends = [backend for backend in backends if hasattr(backend, attribute)]
     saved = [getattr(backend, attribute) for backend in backends]
     try:
         for backend in backends:
@@ -51,13 +49,16 @@ class TallMatrix:
     def is_zero(self) -> bool:
         return not bool(self.weight.any())
 
+    @property
+    def has_gram(self) -> bool:
+        """Whether the fp32 Gram matrix has been paid for already."""
+        return "gram" in self.__dict__
+
     @cached_property
     def single(self) -> Tensor:
         """A in fp32, (m, n)."""
-        if self.scale == 1.0:
-            copy = self.weight.float()
-        else:  # through fp64: the scale itself may not fit into fp32
-            copy = (self.weight.double() * self.scale).float()
+        # a scale other than one may not itself fit into fp32
+        copy = self.weight.float() if self.scale == 1.0 else (self.weight.double() * self.scale).float()
         return copy.T if self.transposed else copy
 
     @cached_property
@@ -86,7 +87,7 @@ class TallMatrix:
         """A.T @ A in fp32, (n, n): the lower block triangle is computed and mirrored."""
         A, n = self.single, self.columns
         out = A.new_empty(n, n)
-        step = -(-n // 6) if n >= 1024 else n
+        step = max(256, -(-n // 12))
         for low in range(0, n, step):
             high = min(low + step, n)
             out[low:, low:high] = A[:, low:].T @ A[:, low:high]
@@ -100,19 +101,19 @@ class TallMatrix:
         return None if int(info) else L
 
     @cached_property
-    def _gram_eigh(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self.double.T @ self.double)
-        return values.flip(0), vectors.flip(1)
-
-    @property
     def gram_eigenvectors(self) -> Tensor:
-        """Eigenvectors of the fp64 Gram matrix (n, n), largest eigenvalue first."""
-        return self._gram_eigh[1]
+        """All eigenvectors of the fp32 Gram matrix (n, n), largest eigenvalue first."""
+        return torch.linalg.eigh(self.gram)[1].flip(1)
 
-    @property
-    def gram_largest(self) -> float:
-        """sigma_1 of A from the fp64 Gram matrix."""
-        return float(self._gram_eigh[0][0].clamp_min(0).sqrt())
+    @cached_property
+    def largest(self) -> float:
+        """sigma_1 of A within some per cent, from below: it only makes residuals relative."""
+        generator = torch.Generator().manual_seed(0)
+        X = torch.randn(self.columns, 4, generator=generator).to(self.single)
+        for _ in range(6 if self.has_gram else 2):
+            image = self.gram @ X if self.has_gram else self.apply(self.apply(X), transpose=True)
+            X, _ = torch.linalg.qr(image)
+        return float(torch.linalg.matrix_norm(self.apply(X), ord=2))
 
     @cached_property
     def triangle(self) -> Tensor:
@@ -126,8 +127,10 @@ class TallMatrix:
     def lu(self) -> tuple[Tensor, Tensor]:
         """(LU, row order) of a square A in fp64: A[order] = L @ U, U's diagonal kept away from zero."""
         LU, pivots, _ = torch.linalg.lu_factor_ex(self.double)  # singular is fine: floored below
-        P = torch.lu_unpack(LU, pivots, unpack_data=False)[0]
-        return _floored(LU), P.argmax(dim=0)
+        order = list(range(self.rows))
+        for row, pivot in enumerate(pivots.tolist()):  # LAPACK's one-based row exchanges, in sequence
+            order[row], order[pivot - 1] = order[pivot - 1], order[row]
+        return _floored(LU), torch.tensor(order, device=LU.device)
 
     def inverse_gram_single(self, X: Tensor) -> Tensor:
         """(A.T A)^-1 X through the fp32 Cholesky factor, (n, b) fp32."""

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import DEVICES
 from torch import Tensor
 
+from helpers import DEVICES
 from offprincipal_peft.geometry import (
     WeightSpectrum,
     bottom_basis,
@@ -235,7 +235,7 @@ def test_a_broken_solver_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(krylov, "leading_eigenpairs", garbage_pairs)
     monkeypatch.setattr(krylov, "solve_spd", lambda apply, B, **_: (torch.zeros_like(B), 0.0))
     for W in (square, tall):
-        U, S, V = full_svd(W)
+        U, S, _ = full_svd(W)
         spectrum = WeightSpectrum(W)
         assert sine(spectrum.top(4).U, U[:, :4]) <= 1e-5
         assert tail_size(W, spectrum.minor(4, "input"), "input") <= 1.001 * float(S[-4:].norm())

@@ -62,7 +62,7 @@ def test_angles_of_bases_with_different_widths() -> None:
 
 def test_angles_refuse_what_is_not_a_basis() -> None:
     Q = orthonormal(30, 4)
-    with pytest.raises(ValueError, match="second basis .* not orthonormal"):
+    with pytest.raises(ValueError, match=r"second basis .* not orthonormal"):
         principal_angles(Q, 1.01 * Q)
     with pytest.raises(ValueError, match="not orthonormal"):
         principal_angles(Q * float("nan"), Q)

@@ -7,20 +7,9 @@ import json
 import math
 
 import pytest
-import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.tuners.lora.config import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoraGAConfig,
-    MontecloraConfig,
-    VeloraConfig,
-)
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import config as lora_config
 
-from helpers import tiny_gpt2, tiny_llama, token_batch
 from offprincipal_peft import OffPrincipalLoraConfig
 from offprincipal_peft.tuners.offprincipal_lora.config import _REFUSED
 from offprincipal_peft.tuners.offprincipal_lora.presets import PRESETS
@@ -59,7 +48,7 @@ def test_every_combination_is_accepted_or_refused_as_it_should_be():
     for axes in COMBINATIONS:
         if contradicts(axes):
             refused += 1
-            with pytest.raises(ValueError, match="init_scale|init_source|init_factors"):
+            with pytest.raises(ValueError, match=r"init_scale|init_source|init_factors"):
                 OffPrincipalLoraConfig(**axes, principal_rank=rank_for(axes))
         else:
             config = OffPrincipalLoraConfig(**axes, principal_rank=rank_for(axes))
@@ -170,21 +159,27 @@ def test_the_fraction_is_of_the_smaller_side(k, shape, expected):
 
 # -- inherited options --------------------------------------------------------------------------------------------
 
+
+def sub_config(name: str) -> object:
+    """PEFT's own settings object, or anything at all where the installed PEFT is too old to have it."""
+    return getattr(lora_config, name, object)()
+
+
 PLAUSIBLE = {
     "init_lora_weights": [False, "gaussian", "pissa", "olora", "mica", "orthogonal"],
     "bias": ["all", "lora_only"],
     "lora_bias": [True],
     "use_dora": [True],
     "use_qalora": [True],
-    "use_bdlora": [BdLoraConfig()],
+    "use_bdlora": [sub_config("BdLoraConfig")],
     "alora_invocation_tokens": [[1, 2]],
-    "velora_config": [VeloraConfig()],
-    "kasa_config": [KasaConfig()],
-    "monteclora_config": [MontecloraConfig()],
-    "arrow_config": [ArrowConfig()],
-    "eva_config": [EvaConfig()],
-    "corda_config": [CordaConfig()],
-    "lora_ga_config": [LoraGAConfig()],
+    "velora_config": [sub_config("VeloraConfig")],
+    "kasa_config": [sub_config("KasaConfig")],
+    "monteclora_config": [sub_config("MontecloraConfig")],
+    "arrow_config": [sub_config("ArrowConfig")],
+    "eva_config": [sub_config("EvaConfig")],
+    "corda_config": [sub_config("CordaConfig")],
+    "lora_ga_config": [sub_config("LoraGAConfig")],
     "loftq_config": [{"loftq_bits": 4}],
     "target_parameters": [["mlp.experts.gate_up_proj"]],
     "layer_replication": [[(0, 2), (1, 2)]],
@@ -316,9 +311,7 @@ STORED = {
 
 
 def stored_config(name: str) -> OffPrincipalLoraConfig:
-    return (
-        OffPrincipalLoraConfig.preset(name) if name in TABLE else OffPrincipalLoraConfig(**STORED[name])
-    )
+    return OffPrincipalLoraConfig.preset(name) if name in TABLE else OffPrincipalLoraConfig(**STORED[name])
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -354,47 +347,3 @@ def test_a_saved_config_is_checked_again(tmp_path):
 def test_copies_are_equal(copied):
     config = OffPrincipalLoraConfig.preset("offprincipal", rank_pattern={"q_proj": 4})
     assert copied(config) == config
-
-
-# -- use ----------------------------------------------------------------------------------------------------------
-
-
-def first_logits_agree(make, config: OffPrincipalLoraConfig) -> bool:
-    ids = token_batch(128)
-    base = make()
-    expected = base(input_ids=ids).logits
-    return torch.equal(get_peft_model(base, config)(input_ids=ids).logits, expected)
-
-
-@pytest.mark.parametrize("targets", [r".*\.(q_proj|gate_proj|c_attn|c_fc)", "all-linear"])
-def test_one_config_serves_two_architectures(request, targets):
-    if targets == "all-linear":
-        reason = "the first model's layer names replace 'all-linear' in the caller's config"
-        request.applymarker(pytest.mark.xfail(raises=ValueError, strict=True, reason=reason))
-    config = OffPrincipalLoraConfig.preset("pissa", r=4, target_modules=targets, task_type="CAUSAL_LM")
-    for make in (tiny_llama, tiny_gpt2, tiny_llama):  # nn.Linear, Conv1D, nn.Linear
-        assert first_logits_agree(make, config)
-
-
-def test_one_config_serves_two_models_of_one_architecture():
-    config = OffPrincipalLoraConfig.preset("offprincipal", r=4, task_type="CAUSAL_LM")
-    starts = []
-    for seed in (0, 1):
-        model = get_peft_model(tiny_llama(seed=seed), config)
-        starts.append({n: p.detach() for n, p in model.named_parameters() if "lora_A" in n})
-    assert starts[0].keys() == starts[1].keys()
-    assert not any(torch.equal(starts[0][n], starts[1][n]) for n in starts[0])
-    again = get_peft_model(tiny_llama(seed=0), config)
-    assert all(torch.equal(p, starts[0][n]) for n, p in again.named_parameters() if n in starts[0])
-
-
-def test_a_later_change_of_the_config_does_not_reach_a_model():
-    config = OffPrincipalLoraConfig.preset("pissa", r=4, task_type="CAUSAL_LM")
-    ids = token_batch(128)
-    model = get_peft_model(tiny_llama(), config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data *= 1.1
-    before = model(input_ids=ids).logits
-    config.train_factors, config.projection, config.init_factors = "B", "both", "A"
-    assert torch.equal(model(input_ids=ids).logits, before)

@@ -320,9 +320,7 @@ def test_another_formula_would_be_seen(preset):
 @PRESETS
 def test_which_factors_train(preset):
     model, _ = adapted(preset)
-    trained = {
-        (name.split(".")[-4], name.split(".")[-3]) for name, p in model.named_parameters() if p.requires_grad
-    }
+    trained = {(name.split(".")[-4], name.split(".")[-3]) for name, p in model.named_parameters() if p.requires_grad}
     expected = TRAINED.get(preset, {"lora_A", "lora_B"})
     assert trained == {(shape, factor) for shape in SHAPES for factor in expected}
 
