@@ -27,7 +27,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def methods(r: int, k: int) -> dict[str, Any]:
     common: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "target_modules": ["linear"]}
-    random_start = {"init_subspace": "random", "init_factors": "A"}  # the start does not change the cost of a step
+    random_start: dict[str, Any] = {
+        "init_subspace": "random",
+        "init_factors": "A",
+    }  # the start does not change the cost of a step
     return {
         "peft-lora": LoraConfig(**common),
         "lora": OffPrincipalLoraConfig.preset("lora", **common),

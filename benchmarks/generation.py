@@ -38,7 +38,8 @@ def model_of(config: Any, dtype: torch.dtype, device: str) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return get_peft_model(LlamaForCausalLM(shape).to(device, dtype).eval(), config).eval()
+    model: Any = LlamaForCausalLM(shape)
+    return get_peft_model(model.to(device, dtype).eval(), config).eval()
 
 
 def configs(r: int, k: int) -> dict[str, Any]:

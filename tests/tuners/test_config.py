@@ -347,3 +347,12 @@ def test_a_saved_config_is_checked_again(tmp_path):
 def test_copies_are_equal(copied):
     config = OffPrincipalLoraConfig.preset("offprincipal", rank_pattern={"q_proj": 4})
     assert copied(config) == config
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lora_dropout", "x"), ("geora_rho", "0.2"), ("rank_pattern", ["q_proj"]), ("alpha_pattern", 3)],
+)
+def test_a_value_of_the_wrong_type_is_named(option, value):
+    with pytest.raises(ValueError, match=option):
+        OffPrincipalLoraConfig(**{option: value})

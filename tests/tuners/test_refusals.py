@@ -181,6 +181,15 @@ def test_a_class_that_cannot_be_adapted(layer, preset):
 
 
 @pytest.mark.parametrize("preset", ["lora", "rlmo"])
+def test_layers_whose_parent_reads_the_weight_itself(preset):
+    """nn.MultiheadAttention, and nn.TransformerEncoderLayer's fast path, never call these layers' forward."""
+    words = ["attention.out_proj", "MultiheadAttention", "bypass", "exclude_modules"]
+    refuse(Zoo(), preset, *words, target_modules=["good", "out_proj"])
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(24, 4))
+    refuse(encoder, preset, "0.linear1", "TransformerEncoderLayer", "bypass", target_modules=["linear1"])
+
+
+@pytest.mark.parametrize("preset", ["lora", "rlmo"])
 def test_a_quantised_weight(preset):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     zoo = Zoo()

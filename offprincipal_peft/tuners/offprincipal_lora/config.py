@@ -116,9 +116,10 @@ class OffPrincipalLoraConfig(LoraConfig):
     seed: int = field(default=0, metadata={"help": "Seed of random starts, per layer."})
 
     def __post_init__(self) -> None:
-        # A saved config carries its peft_type, a fresh one does not: with values about to be loaded the layers
-        # postpone their decompositions (see model.PendingStarts).
-        self._values_may_follow: bool = getattr(self, "peft_type", None) is not None
+        # A config read from JSON carries its peft_type as a plain string, a live one as the enum member: with values
+        # about to be loaded the layers postpone their decompositions (see state.PendingStarts).
+        self._values_may_follow: bool = type(getattr(self, "peft_type", None)) is str
+        self._check_types()
         self._refuse_inherited()  # first, because PEFT clears some of these with no more than a warning
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE_NAME)
@@ -147,6 +148,16 @@ class OffPrincipalLoraConfig(LoraConfig):
         return self.init_subspace in ("top", "bottom") and (
             self.init_factors == "both" or self.init_scale == "spectral"
         )
+
+    def _check_types(self) -> None:
+        for name in ("lora_dropout", "geora_rho"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} must map layer names or patterns to numbers, got {value!r}.")
 
     def _refuse_inherited(self) -> None:
         defaults = {f.name: f for f in fields(LoraConfig)}

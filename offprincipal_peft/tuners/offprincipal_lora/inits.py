@@ -114,7 +114,7 @@ def compute_start(weight: Tensor, request: StartRequest, known: Bases | None = N
             spectrum leaves with no gradient; each names the layer.
     """
     config = request.config
-    spectrum = WeightSpectrum(weight, seed=config.seed, name=request.name)
+    spectrum = WeightSpectrum(weight, seed=config.seed, name=request.where)
     needs_u = config.projection in ("output", "both")
     needs_v = config.projection in ("input", "both")
     U, V = known or Bases(None, None)
@@ -213,7 +213,7 @@ def geora_weight(weight: Tensor, triplets: Triplets, rho: float) -> Tensor:
 
 def _geora_spectrum(weight: Tensor, spectrum: WeightSpectrum, request: StartRequest) -> WeightSpectrum:
     masked = geora_weight(weight, spectrum.top(request.r), request.config.geora_rho)
-    return WeightSpectrum(masked, seed=request.config.seed, name=f"{request.name} (GeoRA-masked)")
+    return WeightSpectrum(masked, seed=request.config.seed, name=f"{request.where}, GeoRA-masked")
 
 
 def _check_alive(A: Tensor, B: Tensor, U: Tensor | None, V: Tensor | None, request: StartRequest) -> None:

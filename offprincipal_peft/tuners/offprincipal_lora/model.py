@@ -53,6 +53,8 @@ class OffPrincipalLoraModel(LoraModel):
             self._requests: dict[str, StartRequest] = {}
             self._starts: dict[str, LayerStart] = {}
             self._pending: dict[str, PendingStarts] = {}
+        # PEFT writes the layers it found into target_modules: into a copy, so that the caller's config can be reused.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
         _maybe_include_all_linear_layers(config, model)
         frozen_config = copy.copy(config)  # requests outlive this call, the user's config may change
@@ -231,10 +233,20 @@ def _matched_targets(
             else key.removeprefix("_orig_mod.") in from_checkpoint
         )
         if matched:
+            _check_parent(key, model)
             targets[key] = module
     if from_checkpoint is None:
         _check_every_entry_matches(config, seen, targets, model)
     return targets
+
+
+def _check_parent(key: str, model: nn.Module) -> None:
+    parent = model.get_submodule(key.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise ValueError(
+            f"{key} lies in a torch.nn.{type(parent).__name__}, which reads its layers' weights directly and would "
+            "bypass an adapter; list it in exclude_modules."
+        )
 
 
 def _check_every_entry_matches(

@@ -24,7 +24,7 @@ class FrozenFactor(nn.Module):
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, *, keep_precision: bool) -> None:
         super().__init__()
         self.keep_precision = keep_precision
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactor:
         before = self.weight.data
