@@ -15,15 +15,14 @@ from torch import Tensor
 from . import krylov
 from .tall_matrix import TallMatrix
 
-TOP_BLOCK = 16  # Krylov block: a narrower one needs a smaller basis, a wider one makes better use of a GEMM
-BOTTOM_BLOCK = 32  # an inverse converges in a few steps, whose triangular solves cost the same up to this width
+BLOCK = 16  # Krylov block: a narrower one needs a smaller basis, a wider one makes better use of a GEMM
 FACTOR_LIMIT = 1.5  # m / n below which a tall matrix is factored by QR rather than through its Gram matrix
 # Relative residuals that the fast solvers work towards; acceptance is the caller's, and looser. What one fp64
 # Rayleigh-Ritz step leaves at the top is fp32 noise spread evenly over all directions: a residual of 8e-7 was
 # seen with angles of 2e-6 to the true subspaces, and further rounds (two passes over A each) gained a factor of 2.
 TOP_GOAL = 7e-7
 BOTTOM_GOAL = 7e-7
-NULL_GOAL = 2e-7
+NULL_GOAL = 1e-7
 ROUNDS = 4
 
 
@@ -117,7 +116,7 @@ def fast_top(A: TallMatrix, k: int, seed: int) -> Solution:
             return single.T @ (single @ X)
 
     extra = min(max(16, k // 8), A.columns - k)
-    start = krylov.gaussian(A.columns, TOP_BLOCK, seed, A.single)
+    start = krylov.gaussian(A.columns, BLOCK, seed, A.single)
     found = krylov.leading_eigenpairs(operator, start, k, extra=extra, tolerance=3e-7)
     X, _ = torch.linalg.qr(found.vectors)
     U, S, V, residual = _improved(A, X, slice(0, k), slice(0, k + extra), TOP_GOAL, lambda R: R)
@@ -125,10 +124,10 @@ def fast_top(A: TallMatrix, k: int, seed: int) -> Solution:
 
 
 def gram_solution(A: TallMatrix, count: int, bottom: bool) -> Solution:
-    """Top or bottom triplets from all eigenvectors of the fp32 Gram matrix, then fp64 Rayleigh-Ritz as above.
+    """Top or bottom triplets from all eigenvectors of the fp64 Gram matrix, then Rayleigh-Ritz as above.
 
     For matrices small enough for one eigendecomposition, or a count that is a large share of n. The bottom of an
-    ill-conditioned matrix is not in an fp32 Gram matrix; its residual then stays too large.
+    ill-conditioned matrix is lost in its Gram matrix; its residual then stays too large.
     """
     size = min(count + max(16, count // 8), A.columns)
     if bottom:
@@ -139,7 +138,7 @@ def gram_solution(A: TallMatrix, count: int, bottom: bool) -> Solution:
     def correct(R: Tensor) -> Tensor:
         return A.inverse_gram_single(R.float()) if bottom and A.gram_factor is not None else R
 
-    X, _ = torch.linalg.qr(A.gram_eigenvectors[:, kept].double())
+    X, _ = torch.linalg.qr(A.gram_eigenvectors[:, kept])
     U, S, V, residual = _improved(A, X, wanted, kept, goal, correct)
     return Solution(U, S / A.scale, V, residual, "gram-eigh")
 
@@ -167,7 +166,7 @@ def fast_bottom(A: TallMatrix, r: int, seed: int, route: str) -> Solution:
     }[route]
     dtype = torch.float32 if route == "gram-krylov" else torch.float64
     extra = max(8, r // 2)
-    start = krylov.gaussian(A.columns, BOTTOM_BLOCK, seed, A.weight, dtype)
+    start = krylov.gaussian(A.columns, BLOCK, seed, A.weight, dtype)
     found = krylov.leading_eigenpairs(
         solve, start, r, extra=extra, tolerance=1e-5, relative_to_own=True, max_dim=A.columns
     )

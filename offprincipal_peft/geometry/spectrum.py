@@ -27,7 +27,7 @@ Method = Literal["auto", "exact", "fast"]
 
 ACCEPTED_RESIDUAL = 1e-6  # relative to sigma_1
 ACCEPTED_ORTHOGONALITY = 1e-8  # max |Q^T Q - I| in fp64
-EXACT_SIZE = 128  # min(shape) up to which the exact SVD is as fast as anything else
+EXACT_SIZE = 256  # min(shape) up to which the exact SVD is as fast as anything else
 GRAM_SIZE = 1024  # min(shape) up to which one eigh of the Gram matrix beats a Krylov iteration
 
 
@@ -46,14 +46,15 @@ class Report:
     what: str  # for instance "top(112)"
     route: str  # "exact", "lu-krylov", "gram-krylov", "qr-krylov", "krylov", "gram-eigh", "projection", "cache"
     residual: float  # relative to sigma_1; of the route that was used; 0.0 for "exact" and "cache"
-    fell_back: bool  # a fast route was tried and its result refused
+    fell_back: bool  # an earlier route was tried and its result refused
 
 
 class WeightSpectrum:
     """The singular structure of one weight (d_out, d_in); factorisations are shared between requests.
 
-    Results are fp32 (fp64 for an fp64 weight) on the weight's device, the same for the same input whatever the
-    global random state, with the largest-magnitude entry of each u (of each vector, where only one side is
+    Results are fp32 (fp64 for an fp64 weight) on the weight's device, the same for the same input and sequence of
+    requests whatever the global random state (work that an earlier request paid for is reused, which may change
+    the last digits of a later one), with the largest-magnitude entry of each u (of each vector, where only one side is
     asked for) positive. Raises ValueError for a weight that is not a 2-D floating-point matrix with values, and
     for NaN or infinite entries.
     """
@@ -144,12 +145,12 @@ class WeightSpectrum:
             A, n = self._matrix, self._matrix.columns
             attempts: list[Callable[[], solvers.Solution]] = []
             if self._is_fast(r):
-                if A.rows > n and n <= GRAM_SIZE:
+                if r > n // 8 or (A.rows > n and A.has_gram_eigenvectors):
                     attempts.append(lambda: solvers.gram_solution(A, r, bottom=True))
-                elif r <= n // 8:
+                if r <= n // 8:
                     route = solvers.bottom_route(A)
                     attempts.append(lambda: solvers.fast_bottom(A, r, self.seed, route))
-                if A.rows > n and r <= n // 8:
+                if A.rows >= solvers.FACTOR_LIMIT * n and r <= n // 8:
                     attempts.append(lambda: solvers.fast_bottom(A, r, self.seed, "qr-krylov"))
             self._bottoms[r] = self._solve(what, attempts, slice(n - r, n))
         else:
@@ -199,17 +200,17 @@ class WeightSpectrum:
         draw = krylov.gaussian(basis.shape[0], min(r, null_size), self.seed, basis)
         for _ in range(2):
             draw = torch.linalg.qr(draw - basis[:, :rank] @ (basis[:, :rank].T @ draw))[0]
-        if not any(report.what == what for report in self.reports):
+        if not self.reports or (self.reports[-1].what, self.reports[-1].route) != (what, "exact"):
             self._report(what, "exact", 0.0, fell_back)
         smallest = basis[:, rank - (r - draw.shape[1]) : rank].flip(1)
         return torch.cat([draw, smallest], dim=1)
 
     def _solve(self, what: str, attempts: list[Callable[[], solvers.Solution]], exact_slice: slice) -> solvers.Solution:
         """The first attempt that passes its own check, else the exact SVD."""
-        for attempt in attempts:
+        for index, attempt in enumerate(attempts):
             found = attempt()
             if self._is_accepted(found, bottom=exact_slice.start > 0):
-                self._report(what, found.route, found.residual, False)
+                self._report(what, found.route, found.residual, index > 0)
                 return found
         U, S, V = self._exact_svd
         self._report(what, "exact", 0.0, bool(attempts))
@@ -221,8 +222,8 @@ class WeightSpectrum:
             return False
         if max(solvers.orthogonality_error(found.U), solvers.orthogonality_error(found.V)) > ACCEPTED_ORTHOGONALITY:
             return False
-        squares = found.S**2
-        total, n, k = float(self.weight.double().square().sum()), self._matrix.columns, squares.shape[0]
+        squares = (found.S * self._matrix.scale) ** 2
+        total, n, k = self._matrix.squared_norm, self._matrix.columns, squares.shape[0]
         if bottom:  # the r smallest: none exceeds the mean of itself and the n - r above it
             return float(squares[0]) * (n - k + 1) <= total * (1 + 1e-6)
         rest = total - float(squares[:-1].sum())
@@ -247,7 +248,7 @@ class WeightSpectrum:
         if self.method == "exact" or self._exact is not None or self._matrix.is_zero:
             return False
         n = self._matrix.columns
-        return n > EXACT_SIZE or (self.method == "fast" and n >= 2 * solvers.BOTTOM_BLOCK and 4 * count <= n)
+        return n > EXACT_SIZE or (self.method == "fast" and n >= 2 * solvers.BLOCK and 4 * count <= n)
 
     def _threshold(self, largest: Tensor) -> float:
         return max(self.weight.shape) * torch.finfo(torch.float64).eps * float(largest)

@@ -102,8 +102,18 @@ class TallMatrix:
 
     @cached_property
     def gram_eigenvectors(self) -> Tensor:
-        """All eigenvectors of the fp32 Gram matrix (n, n), largest eigenvalue first."""
-        return torch.linalg.eigh(self.gram)[1].flip(1)
+        """All eigenvectors of the fp64 Gram matrix (n, n), largest eigenvalue first."""
+        return torch.linalg.eigh(self.double.T @ self.double)[1].flip(1)
+
+    @property
+    def has_gram_eigenvectors(self) -> bool:
+        """Whether they have been paid for already."""
+        return "gram_eigenvectors" in self.__dict__
+
+    @cached_property
+    def squared_norm(self) -> float:
+        """||A||_F^2."""
+        return float(torch.linalg.vector_norm(self.weight, dtype=torch.float64)) ** 2 * self.scale**2
 
     @cached_property
     def largest(self) -> float:

@@ -230,10 +230,22 @@ def garbage_pairs(apply: object, start: Tensor, wanted: int, *, extra: int, **_:
     return krylov.KrylovResult(Q, torch.ones(p, dtype=torch.float64), 0.0, p, True)
 
 
+def test_null_projection_without_a_gram_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Krylov route, which serves where the Gram matrix is numerically indefinite."""
+    W = draw((1300, 400), decaying=True)
+    monkeypatch.setattr(TallMatrix, "gram_factor", None)
+    spectrum = WeightSpectrum(W)
+    Q = spectrum.null(16, "output")
+    assert_orthonormal(Q)
+    assert tail_size(W, Q, "output") <= 1e-6 * float(spectrum.values()[0])
+    assert spectrum.reports[0].route == "projection" and not spectrum.reports[0].fell_back
+
+
 def test_a_broken_solver_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     square, tall = draw((1040, 1040)), draw((1700, 1040))
     monkeypatch.setattr(krylov, "leading_eigenpairs", garbage_pairs)
     monkeypatch.setattr(krylov, "solve_spd", lambda apply, B, **_: (torch.zeros_like(B), 0.0))
+    monkeypatch.setattr(TallMatrix, "inverse_gram_single", lambda A, X: torch.zeros_like(X))
     for W in (square, tall):
         U, S, _ = full_svd(W)
         spectrum = WeightSpectrum(W)
