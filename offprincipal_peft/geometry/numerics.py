@@ -1,4 +1,4 @@
-"""Guard against reduced-precision products: TF32 on CUDA and bf16 fp32-matmuls on CPU change singular bases."""
+"""Guard against reduced-precision products: TF32 and bf16 backends, and autocast, change singular bases."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Run fp32 matrix products in true fp32 on every device; the previous setting is restored on exit."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """No TF32, no bf16 products, no autocast and no graph inside; the caller's settings are restored."""
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    attribute, exact = ("fp32_precision", "ieee") if hasattr(backends[0], "fp32_precision") else ("allow_tf32", False)
+    backends = [backend for backend in backends if hasattr(backend, attribute)]
+    saved = [getattr(backend, attribute) for backend in backends]
     try:
-        yield
+        for backend in backends:
+            setattr(backend, attribute, exact)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, saved, strict=True):
+            setattr(backend, attribute, value)

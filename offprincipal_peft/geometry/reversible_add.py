@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ from .numerics import full_precision
 _CHUNK = 1 << 22  # entries of the product held at once
 _BLOCK = 1 << 16
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Start(NamedTuple):
+    """A frozen pair that a record refers to without a copy: adds ``scale * left @ (right_rows - right)``."""
+
+    rows: slice  # which rows of the record's `right`
+    left: Tensor  # (d_out, r)
+    right: Tensor  # (r, d_in)
+    scale: float
 
 
 @dataclass
@@ -33,6 +43,7 @@ class MergeRecord:
     shape: tuple[int, int]
     left: Tensor  # (d_out, R)
     right: Tensor  # (R, d_in)
+    starts: tuple[Start, ...]
     offsets: Tensor  # (n,) int16: position mod 65536, less 32768
     block_counts: Tensor  # (ceil(d_out d_in / 65536),) int32
     values: Tensor  # (n,) in the weight's dtype
@@ -40,9 +51,17 @@ class MergeRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held while merged."""
+        """Bytes held while merged, on top of the starts that the caller keeps anyway."""
         held = (self.left, self.right, self.offsets, self.block_counts, self.values, self.original)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The whole update's factors in ``dtype``, starts included."""
+        left, right = [self.left.to(dtype)], [self.right.to(dtype)]
+        for start in self.starts:
+            left.append(start.left.to(dtype))
+            right.append((right[0][start.rows] - start.right.to(dtype)) * start.scale)
+        return torch.cat(left, dim=1), torch.cat(right, dim=0)
 
     def set_entries(self, positions: Tensor, values: Tensor) -> None:
         """Store sorted int64 ``positions`` (n,) and their ``values`` (n,)."""
@@ -63,13 +82,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
-@torch.no_grad()
-def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor) -> MergeRecord:
-    """In place ``weight <- round(weight + left @ right)``, once rounded from a wider sum.
+@full_precision()
+def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, starts: tuple[Start, ...] = ()) -> MergeRecord:
+    """In place ``weight <- round(weight + left @ right + starts)``, once rounded from a wider sum.
+
+    The record is complete before the weight is written, so that an error leaves the weight as it was.
 
     Args:
         weight: (d_out, d_in), fp16, bf16, fp32 or fp64; may be a transposed view.
         left: (d_out, R); right: (R, d_in). Copies are kept in the record.
+        starts: further terms whose tensors do not change while merged; the record refers to them.
 
     Returns:
         the record that :func:`restore_` takes.
@@ -81,38 +103,33 @@ def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor) -> MergeRecord:
         shape=(weight.shape[0], weight.shape[1]),
         left=left.to(kept, copy=True),
         right=right.to(kept, copy=True),
+        starts=starts,
         offsets=nothing,
         block_counts=nothing,
         values=weight.new_empty(0),
         original=weight.clone() if weight.dtype == torch.float64 else None,  # no wider dtype to round from
     )
-    positions, values = [nothing], [record.values]
-    for rows, delta, noise in _products(record, wide):
+    if record.original is None:
+        positions, values = [nothing], []
+        for rows, delta, noise in _products(record, wide):
+            chunk = weight[rows]
+            merged = (chunk.to(wide) + delta).to(weight.dtype)
+            lost = (~_recovered(chunk, merged, delta, noise)).flatten().nonzero().squeeze(1)
+            positions.append(lost + rows.start * weight.shape[1])
+            values.append(chunk.flatten()[lost])
+        record.set_entries(torch.cat(positions), torch.cat(values))
+        if record.nbytes > weight.numel() * weight.element_size():
+            record.original = weight.clone()
+    for rows, delta, _ in _products(record, wide):
         chunk = weight[rows]
-        merged = (chunk.to(wide) + delta).to(weight.dtype)
-        if record.original is None:
-            lost = ~_recovered(chunk, merged, delta, noise)
-            where = lost.flatten().nonzero().squeeze(1)
-            positions.append(where + rows.start * weight.shape[1])
-            values.append(chunk.flatten()[where])
-        chunk.copy_(merged)
-    record.set_entries(torch.cat(positions), torch.cat(values))
-    return _compacted(weight, record)
-
-
-def _compacted(weight: Tensor, record: MergeRecord) -> MergeRecord:
-    """Keep the whole original instead of factors and a list of entries that are larger than it."""
-    if record.original is None and record.nbytes > weight.numel() * weight.element_size():
-        original = weight.clone()
-        restore_(original, record)
-        record.original = original
-    if record.original is not None:
-        record.left, record.right = record.left[:, :0].clone(), record.right[:0].clone()
-        record.set_entries(record.block_counts.new_empty(0, dtype=torch.int64), record.values[:0].clone())
+        chunk.copy_((chunk.to(wide) + delta).to(weight.dtype))
+    if record.original is not None:  # neither factors nor entries are needed beside it
+        record.left, record.right, record.starts = record.left[:, :0].clone(), record.right[:0].clone(), ()
+        record.set_entries(nothing, record.values[:0].clone())
     return record
 
 
-@torch.no_grad()
+@full_precision()
 def restore_(weight: Tensor, record: MergeRecord) -> None:
     """Undo :func:`add_low_rank_` in place: afterwards the weight's bytes are the original ones.
 
@@ -137,14 +154,13 @@ def restore_(weight: Tensor, record: MergeRecord) -> None:
 
 def _products(record: MergeRecord, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Row blocks of left @ right in ``wide`` with a bound on what another summation order would change."""
-    left, right = record.left.to(wide), record.right.to(wide)
+    left, right = record.factors(wide)
     step = max(1, _CHUNK // max(1, right.shape[1]))
     unit = 4 * (left.shape[1] + 4) * torch.finfo(wide).eps
     row_norms, column_norms = left.norm(dim=1), right.norm(dim=0)
     for start in range(0, left.shape[0], step):
         rows = slice(start, min(start + step, left.shape[0]))
-        with full_precision():
-            delta = left[rows] @ right
+        delta = left[rows] @ right
         yield rows, delta, (unit * row_norms[rows, None]) * column_norms[None, :]
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import krylov, solvers
 from .basis_cache import BasisCache, Layout
-from .tall_matrix import TallMatrix, full_precision
+from .numerics import full_precision
+from .tall_matrix import TallMatrix
 
 Side = Literal["output", "input"]
 Method = Literal["auto", "exact", "fast"]

@@ -7,8 +7,6 @@ never as the source of a small singular direction.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -16,24 +14,6 @@ from torch import Tensor
 
 WIDE_COPY_LIMIT = 2**25  # entries; above it fp64 products widen the weight chunk by chunk
 CHUNK = 2**23  # entries widened at a time
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32, no bf16 products, no autocast and no graph inside; the caller's settings are restored."""
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    attribute = "fp32_precision" if hasattr(backends[0], "fp32_precision") else "allow_tf32"
-    exact: str | bool = "ieee" if attribute == "fp32_precision" else False
-    backends = [backend for backend in backends if hasattr(backend, attribute)]
-    saved = [getattr(backend, attribute) for backend in backends]
-    try:
-        for backend in backends:
-            setattr(backend, attribute, exact)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for backend, value in zip(backends, saved, strict=True):
-            setattr(backend, attribute, value)
 
 
 class TallMatrix:

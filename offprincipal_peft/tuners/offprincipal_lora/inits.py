@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...geometry.masks import lowest_mask
+from ...geometry.numerics import full_precision
 from ...geometry.spectrum import Triplets, WeightSpectrum
 from ...geometry.subspace import project_off
 from .config import OffPrincipalLoraConfig
@@ -101,6 +102,7 @@ def _refuse_rank(request: StartRequest, taken: int, limit: int, what: str) -> No
     )
 
 
+@full_precision()
 def compute_start(weight: Tensor, request: StartRequest, known: Bases | None = None) -> LayerStart:
     """Starting factors and bases of one layer.
 

@@ -17,7 +17,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...geometry.reversible_add import MergeRecord, add_low_rank_, restore_
+from ...geometry.numerics import full_precision
+from ...geometry.reversible_add import MergeRecord, Start, add_low_rank_, restore_
 from .inits import Bases, LayerStart, StartRequest, compute_start
 from .state import AdapterGeometry, FactorScope, FrozenFactor, PendingStarts, check_loaded, stored_starts
 
@@ -219,7 +220,7 @@ class OffPrincipalLinear(LoraLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of an adapter in the base weight's layout and the factors' dtype (computed in at least fp32)."""
-        with torch.no_grad():
+        with full_precision():
             left, right = self.effective_factors(adapter)
             delta = (left @ right).to(_weight(self.lora_B, adapter).dtype)
         return delta.T if self.fan_in_fan_out else delta
@@ -255,24 +256,43 @@ class OffPrincipalLinear(LoraLinear):
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lora_A]
         if not names:
             return
-        merged = [*self.merged_adapters, *names]
-        with torch.no_grad():
-            factors = [self.effective_factors(name) for name in merged]
-            left = torch.cat([left for left, _ in factors], dim=1)
-            right = torch.cat([right for _, right in factors], dim=0)
-            weight = self._base_matrix()
-            self._restore()
-            record = add_low_rank_(weight, left, right)
+        before = list(self.merged_adapters)
+        terms = self._merge_terms([*before, *names])
+        weight = self._base_matrix()
+        self._restore()
+        try:
+            record = add_low_rank_(weight, *terms)
             if safe_merge and not torch.isfinite(weight).all():
                 restore_(weight, record)
-                before, self.merged_adapters = list(self.merged_adapters), []
-                if before:
-                    self.merge(adapter_names=before)
                 raise ValueError(
                     f"NaNs or infinities detected in the merged weights of {self._name}: adapter(s) "
                     f"{', '.join(names)} seem to be broken. The base weight was left as it was."
                 )
-        self._merge_record, self.merged_adapters = record, merged
+        except Exception:
+            if before:
+                self._merge_record = add_low_rank_(weight, *self._merge_terms(before))
+            raise
+        self._merge_record, self.merged_adapters = record, [*before, *names]
+
+    @full_precision()
+    def _merge_terms(self, names: list[str]) -> tuple[Tensor, Tensor, tuple[Start, ...]]:
+        """The summed update of several adapters; frozen starts are passed on, so that a record need not copy them."""
+        left, right, starts, rows = [], [], [], 0
+        for name in names:
+            geometry, scaling = self.geometry[name], float(self.scaling[name])
+            config = geometry.request.config
+            if geometry.difference and config.projection == "none" and config.train_factors == "both":
+                self.ensure_started(name)
+                B0, A0 = _weight(self.lora_start_B, name), _weight(self.lora_start_A, name)
+                wide = torch.promote_types(B0.dtype, torch.float32)
+                left.append((_weight(self.lora_B, name).to(wide) - B0.to(wide)) * scaling)
+                right.append(_weight(self.lora_A, name).to(wide))
+                starts.append(Start(slice(rows, rows + right[-1].shape[0]), B0.detach(), A0.detach(), scaling))
+            else:
+                for factors, factor in zip((left, right), self.effective_factors(name), strict=True):
+                    factors.append(factor)
+            rows += right[-1].shape[0]
+        return torch.cat(left, dim=1), torch.cat(right, dim=0), tuple(starts)
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight; its bytes are then the original ones."""
@@ -284,7 +304,10 @@ class OffPrincipalLinear(LoraLinear):
 
     def _restore(self) -> None:
         if self._merge_record is not None:
-            restore_(self._base_matrix(), self._merge_record)
+            try:
+                restore_(self._base_matrix(), self._merge_record)
+            except ValueError as error:
+                raise ValueError(f"{self._name}: {error}") from error
             self._merge_record = None
 
     @property
@@ -333,6 +356,11 @@ class OffPrincipalLinear(LoraLinear):
             present = {key for key in expected if key in state_dict}
             if not present:
                 continue
+            if name in self.merged_adapters and prefix + f"lora_start_A.{name}.weight" in present:
+                raise ValueError(
+                    f"{geometry.request.where}: adapter {name!r} is merged, and loading new starts into it would make "
+                    "the base impossible to restore. Call unmerge_adapter() first."
+                )
             check_loaded(expected, present, state_dict, geometry.request)
             pending = self._pending.pop(name, None)
             if pending is not None:
