@@ -153,15 +153,17 @@ def restore_(weight: Tensor, record: MergeRecord) -> None:
 
 
 def _products(record: MergeRecord, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row blocks of left @ right in ``wide`` with a bound on what another summation order would change."""
+    """Row blocks of left @ right in ``wide`` with a bound on what another summation order would change.
+
+    Any two orders of R products and sums differ by at most 2 R eps |left| @ |right| (Higham, Accuracy and Stability
+    of Numerical Algorithms, section 3.1).
+    """
     left, right = record.factors(wide)
     step = max(1, _CHUNK // max(1, right.shape[1]))
-    unit = 4 * (left.shape[1] + 4) * torch.finfo(wide).eps
-    row_norms, column_norms = left.norm(dim=1), right.norm(dim=0)
+    unit, magnitudes = 2 * (left.shape[1] + 4) * torch.finfo(wide).eps, right.abs()
     for start in range(0, left.shape[0], step):
         rows = slice(start, min(start + step, left.shape[0]))
-        delta = left[rows] @ right
-        yield rows, delta, (unit * row_norms[rows, None]) * column_norms[None, :]
+        yield rows, left[rows] @ right, (left[rows].abs() @ magnitudes).mul_(unit)
 
 
 def _recovered(original: Tensor, merged: Tensor, delta: Tensor, noise: Tensor) -> Tensor:

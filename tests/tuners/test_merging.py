@@ -165,12 +165,11 @@ def test_autocast_reaches_neither_the_merged_weight_nor_the_restored_one(dtype, 
 
 @pytest.mark.parametrize(
     ("preset", "steps", "lr", "most"),
-    # Observed: 11.5 %, 11.1 %, 28.0 %, 79.5 %. A difference of two starts has 2r columns, so that of PiSSA's share
-    # 18 % are factors: rank 16 is large for this model's width of 512.
+    # Observed: 11.4 %, 11.0 %, 12.0 %, 78.1 %; most of the first three are the factors, 10.7 % at rank 16 and width 512.
     [
         ("offprincipal", 24, 1e-4, 0.25),
         ("lora", 24, 1e-4, 0.25),
-        ("pissa", 24, 1e-4, 0.30),
+        ("pissa", 24, 1e-4, 0.25),
         ("lora", 6, 3e-2, 1.001),
     ],
 )
@@ -187,6 +186,38 @@ def test_what_is_held_while_merged_is_a_fraction_of_the_weights(preset, steps, l
     print(f"{preset}: update {max(deltas):.2g} of the weight; held while merged: {share:.1%} of the merged weights")
     assert 0 < share <= most
     host.unmerge_adapter()
+    assert_same_base(before, base_bytes(host))
+
+
+@pytest.mark.parametrize("preset", ["offprincipal", "pissa"])
+def test_two_merged_adapters_hold_little_too(preset):
+    base = tiny_llama(torch.bfloat16, hidden=512, layers=1, heads=8, kv_heads=4, intermediate=1376)
+    host = get_peft_model(base, config(preset, r=16, lora_alpha=32))
+    train(host, 12, lr=1e-4)
+    before = base_bytes(host)
+    host.add_adapter("second", config(preset, r=16, lora_alpha=32, seed=1))
+    host.set_adapter("second")
+    train(host, 12, lr=1e-4)
+    host.base_model.merge_adapter(adapter_names=["default", "second"])
+    weights = [m.get_base_layer().weight for m in off_layers(host)]
+    share = sum(m.merge_record_nbytes for m in off_layers(host)) / sum(w.numel() * w.element_size() for w in weights)
+    print(f"{preset}, two adapters: held while merged {share:.1%} of the merged weights")
+    assert 0 < share <= 0.25  # seen 22.0 % and 22.9 %
+    host.unmerge_adapter()
+    assert_same_base(before, base_bytes(host))
+
+
+def test_starts_of_a_merged_adapter_cannot_be_replaced(tmp_path):
+    """The record refers to them: new starts would make the base impossible to restore."""
+    host = adapted("pissa", dtype=torch.bfloat16)
+    train(host, 1)
+    before = base_bytes(host)
+    values = {n: p.clone() for n, p in host.state_dict().items() if "lora_" in n}
+    host.merge_adapter()
+    with pytest.raises(ValueError, match=r"'default' is merged.*unmerge_adapter"):
+        host.load_state_dict(values, strict=False)
+    host.unmerge_adapter()
+    host.load_state_dict(values, strict=False)
     assert_same_base(before, base_bytes(host))
 
 
