@@ -14,7 +14,8 @@ from offprincipal_peft.geometry import (
     solvers,
     top_basis,
 )
-from offprincipal_peft.geometry.tall_matrix import TallMatrix, full_precision
+from offprincipal_peft.geometry.numerics import full_precision
+from offprincipal_peft.geometry.tall_matrix import TallMatrix
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {

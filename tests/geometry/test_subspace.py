@@ -137,5 +137,5 @@ def test_lowest_mask() -> None:
     for fraction in (0.0, 1.0, -0.5, float("nan")):
         with pytest.raises(ValueError, match="fraction"):
             lowest_mask(score, fraction)
-    with pytest.raises(ValueError, match="2 NaN"):
+    with pytest.raises(ValueError, match="2 negative or NaN"):
         lowest_mask(torch.tensor([1.0, float("nan"), float("nan")]), 0.5)

@@ -165,7 +165,7 @@ def test_autocast_reaches_neither_the_merged_weight_nor_the_restored_one(dtype, 
 
 @pytest.mark.parametrize(
     ("preset", "steps", "lr", "most"),
-    # Observed: 11.4 %, 11.0 %, 12.0 %, 78.1 %; most of the first three are the factors, 10.7 % at rank 16 and width 512.
+    # Observed: 11.4 %, 11.0 %, 12.0 %, 78.1 %; of the first three 10.7 % are the factors (rank 16, width 512).
     [
         ("offprincipal", 24, 1e-4, 0.25),
         ("lora", 24, 1e-4, 0.25),

@@ -1,0 +1,16 @@
+"""The masked update in plain torch: layouts of trained entries, the packed linear, the packed optimiser step."""
+
+from .layout import BlockLayout, ColumnLayout, ElementLayout, Layout, RowLayout, layout_of
+from .packed_linear import packed_linear
+from .packed_update import write_sum_
+
+__all__ = [
+    "BlockLayout",
+    "ColumnLayout",
+    "ElementLayout",
+    "Layout",
+    "RowLayout",
+    "layout_of",
+    "packed_linear",
+    "write_sum_",
+]

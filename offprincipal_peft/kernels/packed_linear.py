@@ -1,0 +1,93 @@
+"""A linear map whose weight gradient exists only where a layout names entries.
+
+Forward and input gradient are the dense products that a frozen layer costs anyway. Of the weight gradient only the
+packed entries are ever stored, in fp32, as the gradient of a packed parameter. The weight is read again in the
+backward; whoever writes it in between (another adapter, a disable) is asked to put it back by ``before_backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+
+def packed_linear(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    *,
+    transposed: bool = False,
+    before_backward: Callable[[], None] | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias`` with the gradient of the packed entries delivered to ``delta``.
+
+    Args:
+        x: (..., d_in).
+        delta: (count,), the trained parameter; its value is not read, the weight already holds it.
+        weight: (d_out, d_in), or (d_in, d_out) where ``transposed`` (``Conv1D``); never differentiated.
+        bias: (d_out,) or None; never differentiated.
+        layout: the trained entries of ``weight`` as it is stored.
+        before_backward: called before the backward reads ``weight``.
+
+    Under autocast the products run in the autocast dtype, as ``F.linear`` would.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _PackedLinear.apply(x, delta, weight, bias, layout, transposed, before_backward)
+    return out
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        transposed: bool,
+        before_backward: Callable[[], None] | None,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
+        matrix = weight if transposed else weight.T  # (d_in, d_out), a view
+        out = flat @ matrix if bias is None else torch.addmm(bias, flat, matrix)
+        if delta.requires_grad:
+            needed = layout.needed_left(flat) if transposed else layout.needed_right(flat)
+            ctx.save_for_backward(needed)
+        # Not saved through autograd: the same values are written into it again before every forward.
+        ctx.weight, ctx.layout, ctx.transposed, ctx.before_backward = (
+            weight.detach(),
+            layout,
+            transposed,
+            before_backward,
+        )
+        ctx.x_shape = x.shape
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].reshape(-1, grads[0].shape[-1])  # (tokens, d_out)
+        grad_x = grad_delta = None
+        if ctx.needs_input_grad[0]:
+            if ctx.before_backward is not None:
+                ctx.before_backward()
+            grad_x = (grad @ (ctx.weight.T if ctx.transposed else ctx.weight)).view(ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            (needed,) = ctx.saved_tensors
+            if ctx.transposed:
+                grad_delta = ctx.layout.gradient(needed, ctx.layout.needed_right(grad))
+            else:
+                grad_delta = ctx.layout.gradient(ctx.layout.needed_left(grad), needed)
+        return grad_x, grad_delta, None, None, None, None, None
