@@ -1,6 +1,6 @@
 """Forward + backward + optimiser step of one adapted linear layer, off-principal LoRA against PEFT's LoRA.
 
-Every method sees the same base, the same inputs and the same AdamW; rounds are interleaved and their order rotates,
+Every method sees the same base, the same inputs and the same AdamW; rounds are interleaved in a random order,
 and each ratio is taken inside a round, so that a drift of the machine's speed cancels. Run:
 
     python benchmarks/adapter_step.py --out benchmarks/results/adapter_step.json
@@ -90,9 +90,10 @@ def measure(shape: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.warmup):
             steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(args.rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name].append(timed(steps[name], args.device))
+    order = torch.Generator().manual_seed(0)
+    for _ in range(args.rounds):
+        for i in torch.randperm(len(names), generator=order).tolist():
+            seconds[names[i]].append(timed(steps[names[i]], args.device))
     return {
         "shape": shape,
         "dtype": dtype,
