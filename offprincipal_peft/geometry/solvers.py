@@ -124,10 +124,11 @@ def fast_top(A: TallMatrix, k: int, seed: int) -> Solution:
 
 
 def gram_solution(A: TallMatrix, count: int, bottom: bool) -> Solution:
-    """Top or bottom triplets from all eigenvectors of the fp64 Gram matrix, then Rayleigh-Ritz as above.
+    """Top or bottom triplets from all eigenvectors of the Gram matrix, then Rayleigh-Ritz as above.
 
-    For matrices small enough for one eigendecomposition, or a count that is a large share of n. The bottom of an
-    ill-conditioned matrix is lost in its Gram matrix; its residual then stays too large.
+    For matrices small enough for one eigendecomposition, or a count that is a large share of n. The top needs the
+    fp64 Gram matrix to tell neighbours apart; the bottom starts from the fp32 one, at half the cost, and is corrected
+    with its factor. The bottom of an ill-conditioned matrix is lost in its Gram matrix; its residual then stays large.
     """
     size = min(count + max(16, count // 8), A.columns)
     if bottom:
@@ -138,7 +139,8 @@ def gram_solution(A: TallMatrix, count: int, bottom: bool) -> Solution:
     def correct(R: Tensor) -> Tensor:
         return A.inverse_gram_single(R.float()) if bottom and A.gram_factor is not None else R
 
-    X, _ = torch.linalg.qr(A.gram_eigenvectors[:, kept])
+    eigenvectors = A.gram_eigenvectors if A.has_gram_eigenvectors or not bottom else A.rough_gram_eigenvectors
+    X, _ = torch.linalg.qr(eigenvectors[:, kept].double())
     U, S, V, residual = _improved(A, X, wanted, kept, goal, correct)
     return Solution(U, S / A.scale, V, residual, "gram-eigh")
 
@@ -182,26 +184,39 @@ def fast_null(A: TallMatrix, r: int, seed: int) -> tuple[Tensor, float]:
     """r orthonormal vectors of the left null space (m, r) and max ||A.T x|| / sigma_1; needs m - n >= r.
 
     A Gaussian block minus its projection onto range(A), a least-squares problem: solved with the Gram matrix's
-    Cholesky factor, by block Krylov on the normal equation where that is indefinite. A further round works on
-    the error that the last one left.
+    Cholesky factor where that is there, else by block Krylov on the normal equation, preconditioned by a rough
+    factor where the weight allows one. A further round works on the error that the last one left.
     """
-    single = A.single
-    X, _ = torch.linalg.qr(krylov.gaussian(A.rows, r, seed, single, torch.float64))
+    X, _ = torch.linalg.qr(krylov.gaussian(A.rows, r, seed, A.single, torch.float64))
     residual = float("inf")
+    rough = None if A.has_gram else A.rough_gram_factor
     for attempt in range(ROUNDS):
         image = A.apply(X.float(), transpose=True)  # (n, r); fp32 resolves 1e-8 sigma_1
         residual = float(image.norm(dim=0).max() / A.largest)
         if attempt == ROUNDS - 1 or (attempt > 0 and residual <= NULL_GOAL):
             break
-        if A.gram_factor is not None:
-            Y = A.inverse_gram_single(image.float())
+        if rough is None and A.gram_factor is not None:
+            Y = A.inverse_gram_single(image)
         else:
-            tolerance = min(0.1, 0.2 * NULL_GOAL / max(residual, 1e-30))
-            Y = krylov.solve_spd(lambda Z: single.T @ (single @ Z), image.float(), tolerance=tolerance, max_dim=40 * r)[
-                0
-            ]
+            Y = _normal_solution(A, image, rough, min(0.1, max(1e-4, 0.2 * NULL_GOAL / max(residual, 1e-30))))
         X, _ = torch.linalg.qr(X - A.apply(Y))
     return X, residual
+
+
+def _normal_solution(A: TallMatrix, image: Tensor, rough: Tensor | None, tolerance: float) -> Tensor:
+    """Y with A.T A Y = image (n, r) to ``tolerance`` in fp32; ``rough`` L preconditions with (L L.T)^-1."""
+    single, limit = A.single, 40 * image.shape[1]
+    if rough is None:
+        return krylov.solve_spd(lambda Z: single.T @ (single @ Z), image, tolerance=tolerance, max_dim=limit)[0]
+
+    def solved(Z: Tensor, *, transpose: bool) -> Tensor:
+        return torch.linalg.solve_triangular(rough.T if transpose else rough, Z, upper=transpose)
+
+    def operator(Z: Tensor) -> Tensor:
+        return solved(single.T @ (single @ solved(Z, transpose=True)), transpose=False)
+
+    right_side = solved(image, transpose=False)
+    return solved(krylov.solve_spd(operator, right_side, tolerance=tolerance, max_dim=limit)[0], transpose=True)
 
 
 def _failed(A: TallMatrix, route: str) -> Solution:

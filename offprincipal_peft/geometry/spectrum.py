@@ -28,7 +28,7 @@ Method = Literal["auto", "exact", "fast"]
 
 ACCEPTED_RESIDUAL = 1e-6  # relative to sigma_1
 ACCEPTED_ORTHOGONALITY = 1e-8  # max |Q^T Q - I| in fp64
-EXACT_SIZE = 256  # min(shape) up to which the exact SVD is as fast as anything else
+EXACT_SIZE = 128  # min(shape) up to which the exact SVD is as fast as anything else
 GRAM_SIZE = 1024  # min(shape) up to which one eigh of the Gram matrix beats a Krylov iteration
 
 
@@ -146,7 +146,8 @@ class WeightSpectrum:
             A, n = self._matrix, self._matrix.columns
             attempts: list[Callable[[], solvers.Solution]] = []
             if self._is_fast(r):
-                if r > n // 8 or (A.rows > n and A.has_gram_eigenvectors):
+                small = n <= GRAM_SIZE and A.rows >= solvers.FACTOR_LIMIT * n
+                if r > n // 8 or small or (A.rows > n and A.has_gram_eigenvectors):
                     attempts.append(lambda: solvers.gram_solution(A, r, bottom=True))
                 if r <= n // 8:
                     route = solvers.bottom_route(A)
@@ -320,7 +321,7 @@ def _checked(weight: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} of shape {shape} must be fp64, fp32, bf16 or fp16, got {weight.dtype}")
     if weight.is_meta:
         raise ValueError(f"{name} of shape {shape} is on the meta device and has no values")
-    if not bool(weight.isfinite().all()):
+    if not bool(weight.abs().max().isfinite()):  # NaN and infinity both reach the maximum, in one pass
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"{name} of shape {shape} holds {bad} NaN or infinite entries")
     return weight
