@@ -1,6 +1,7 @@
 # make test   lint, types and tests, in an environment built from constraints.txt
 # make check  lint and types only
 # make format rewrite the files as the linter wants them
+# make tables render the README's figures from benchmarks/results
 # make env    build the environment only
 # make clean  remove the environment and every cache
 #
@@ -21,7 +22,7 @@ STAMP := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 MAKEFLAGS += --no-print-directory
-.PHONY: test check lint types format env clean
+.PHONY: test check lint types format tables env clean
 .DEFAULT_GOAL := test
 
 # Lint and types come first, so that the last line printed is pytest's summary.
@@ -41,6 +42,9 @@ types: $(STAMP) | lint
 format: $(STAMP)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+tables: $(STAMP)
+	@$(BIN)/python benchmarks/tables.py
 
 env: $(STAMP)
 
