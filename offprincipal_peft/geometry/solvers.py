@@ -79,6 +79,7 @@ def _improved(
     kept: slice,
     goal: float,
     correct: Callable[[Tensor], Tensor],
+    rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Rayleigh-Ritz triplets of A on span(X), widened by corrections of their residuals until below `goal`.
 
@@ -86,7 +87,7 @@ def _improved(
     `kept` pairs are carried from round to round (block Davidson, Crouzeix, Philippe and Sadkane 1994).
     """
     image = A.apply(X)
-    for attempt in range(ROUNDS):
+    for attempt in range(rounds):
         U, S, V = rayleigh_ritz(X, image)
         U, S, V = U[:, kept], S[kept], V[:, kept]
         for precision in (torch.float32, torch.float64):  # fp64 where fp32's own rounding may be what is seen
@@ -94,7 +95,7 @@ def _improved(
             residual = float(R.norm(dim=0).max() / A.largest)
             if residual <= goal:
                 break
-        if residual <= goal or attempt == ROUNDS - 1 or V.shape[1] + R.shape[1] > A.columns:
+        if residual <= goal or attempt == rounds - 1 or V.shape[1] + R.shape[1] > A.columns:
             break
         fresh = krylov.orthonormal_block(correct(R * S[wanted]).to(V.dtype), V.T)[0]
         X, image = torch.cat([V, fresh], dim=1), torch.cat([U * S, A.apply(fresh)], dim=1)
@@ -141,7 +142,7 @@ def gram_solution(A: TallMatrix, count: int, bottom: bool) -> Solution:
 
     eigenvectors = A.gram_eigenvectors if A.has_gram_eigenvectors or not bottom else A.rough_gram_eigenvectors
     X, _ = torch.linalg.qr(eigenvectors[:, kept].double())
-    U, S, V, residual = _improved(A, X, wanted, kept, goal, correct)
+    U, S, V, residual = _improved(A, X, wanted, kept, goal, correct, rounds=2 * ROUNDS)
     return Solution(U, S / A.scale, V, residual, "gram-eigh")
 
 

@@ -51,7 +51,8 @@ class TallMatrix:
         if X.dtype == torch.float32:
             return (self.single.T if transpose else self.single) @ X
         if self.weight.numel() <= WIDE_COPY_LIMIT or "double" in self.__dict__:
-            return (self.double.T if transpose else self.double) @ X
+            stored = self.double.T if self.transposed else self.double  # W, contiguous
+            return stored @ X if transpose == self.transposed else (X.T @ stored).T  # three times W.T @ X
         chunks = self.weight.split(max(1, CHUNK // self.weight.shape[1]))  # of (rows of W, d_in)
         if transpose == self.transposed:  # W @ X
             return torch.cat([(chunk.double() @ X).mul_(self.scale) for chunk in chunks])
