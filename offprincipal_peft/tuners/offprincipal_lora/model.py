@@ -146,6 +146,10 @@ class OffPrincipalLoraModel(LoraModel):
                     container[adapter_name].to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; a merged adapter is refused (PEFT 0.20 would delete it and leave its update in the base)."""
+        layers = (m for m in self.model.modules() if isinstance(m, OffPrincipalLinear))
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
         super().delete_adapter(adapter_name)
         self._pending.pop(adapter_name, None)
 
