@@ -1,16 +1,19 @@
 """The masked update in plain torch: layouts of trained entries, the packed linear, the packed optimiser step."""
 
 from .layout import BlockLayout, ColumnLayout, ElementLayout, Layout, RowLayout, layout_of
+from .masked_adamw import MaskedAdamW
 from .packed_linear import packed_linear
-from .packed_update import write_sum_
+from .packed_update import write_sum_, write_values_
 
 __all__ = [
     "BlockLayout",
     "ColumnLayout",
     "ElementLayout",
     "Layout",
+    "MaskedAdamW",
     "RowLayout",
     "layout_of",
     "packed_linear",
     "write_sum_",
+    "write_values_",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .layout import Layout
 
@@ -48,6 +49,15 @@ def packed_linear(
     return out
 
 
+def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The base layer's own call, so that its output has the same bits with and without gradients."""
+    if not transposed:
+        return F.linear(x, weight, bias)
+    flat = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,8 +71,7 @@ class _PackedLinear(torch.autograd.Function):
         before_backward: Callable[[], None] | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
-        matrix = weight if transposed else weight.T  # (d_in, d_out), a view
-        out = flat @ matrix if bias is None else torch.addmm(bias, flat, matrix)
+        out = _dense_forward(x, weight, bias, transposed)
         if delta.requires_grad:
             needed = layout.needed_left(flat) if transposed else layout.needed_right(flat)
             ctx.save_for_backward(needed)
@@ -74,7 +83,7 @@ class _PackedLinear(torch.autograd.Function):
             before_backward,
         )
         ctx.x_shape = x.shape
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,14 +1,20 @@
-"""Write packed values into a dense weight: ``W = round(W0 + delta)`` on the layout's entries, in chunks.
+"""Write packed values into a dense weight, in chunks, and the registry of what a packed parameter stands for.
 
-Chunks keep the int64 indices, which ``index_copy_`` insists on, and the fp32 sums small enough for the cache.
+Chunks keep the int64 indices, which torch's scatters insist on, and the fp32 sums small enough for the cache.
 """
 
 from __future__ import annotations
 
+import weakref
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import Layout
+
+Precision = Literal["fp32", "split", "bf16", "bf16-stochastic"]
 
 
 @torch.no_grad()
@@ -23,14 +29,90 @@ def write_sum_(matrix: Tensor, layout: Layout, original: Tensor, delta: Tensor) 
 
     Raises ``ValueError`` where sizes or dtypes do not belong together; nothing is written then.
     """
+    _check(matrix, layout, original)
+    if delta.shape != (layout.count,):
+        raise ValueError(f"the layout has {layout.count} entries, but {tuple(delta.shape)} updates were given")
+    for part, where in layout.chunks():
+        layout.scatter_chunk_(matrix, where, (original[part] + delta[part]).to(matrix.dtype))
+
+
+@torch.no_grad()
+def write_values_(matrix: Tensor, layout: Layout, values: Tensor) -> None:
+    """In place ``matrix[entries] = values`` for (count,) values in the matrix's dtype, bit for bit.
+
+    Raises ``ValueError`` as :func:`write_sum_` does.
+    """
+    _check(matrix, layout, values)
+    layout.scatter_(matrix, values)
+
+
+def _check(matrix: Tensor, layout: Layout, values: Tensor) -> None:
     if tuple(matrix.shape) != layout.shape:
         raise ValueError(f"the layout is of a {layout.shape} matrix, the weight is {tuple(matrix.shape)}")
-    if original.shape != (layout.count,) or delta.shape != (layout.count,):
-        raise ValueError(
-            f"the layout has {layout.count} entries, but {tuple(original.shape)} originals and {tuple(delta.shape)} "
-            "updates were given"
-        )
-    if original.dtype != matrix.dtype:
-        raise ValueError(f"the originals are {original.dtype}, the weight is {matrix.dtype}")
-    for part, where in layout.chunks():
-        layout.scatter_chunk_(matrix, where, (original[part].to(delta.dtype) + delta[part]).to(matrix.dtype))
+    if not matrix.is_contiguous():
+        raise ValueError(f"the {layout.shape} weight is not contiguous: its entries cannot be addressed by position")
+    if values.shape != (layout.count,):
+        raise ValueError(f"the layout has {layout.count} entries, but {tuple(values.shape)} values were given")
+    if values.dtype != matrix.dtype:
+        raise ValueError(f"the values are {values.dtype}, the weight is {matrix.dtype}")
+
+
+class PackedMaster:
+    """What an optimiser has to know of a packed parameter that is not simply an fp32 update.
+
+    The owner of the parameter subclasses this and registers it; :class:`~.masked_adamw.MaskedAdamW` looks it up.
+    """
+
+    precision: Precision
+    layout: Layout
+
+    def original(self) -> Tensor:
+        """The entries' values without the update, (count,) in the weight's dtype. Weight decay pulls towards them."""
+        raise NotImplementedError
+
+    def current(self) -> Tensor:
+        """For a split master: the contiguous weight matrix that holds the bf16 halves now, checked and ready."""
+        raise NotImplementedError
+
+    def stepped(self) -> None:
+        """Told after an optimiser that knows this master has written the parameter."""
+
+
+_MASTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_hook: object | None = None
+
+
+def register_master(parameter: nn.Parameter, master: PackedMaster) -> None:
+    """Make ``master`` known for ``parameter``; from then on optimisers that do not know it are refused.
+
+    The refusal is a hook that every ``torch.optim`` optimiser runs before its step.
+    """
+    global _hook
+    _MASTERS[parameter] = weakref.ref(master)
+    if _hook is None:
+        _hook = torch.optim.optimizer.register_optimizer_step_pre_hook(_refuse_foreign_optimizer)
+
+
+def master_of(parameter: Tensor) -> PackedMaster | None:
+    reference = _MASTERS.get(parameter)
+    return None if reference is None else reference()
+
+
+def _refuse_foreign_optimizer(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    if getattr(optimizer, "knows_packed_masters", False):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            master = master_of(parameter)
+            if master is not None:
+                kind = type(optimizer)
+                raise RuntimeError(
+                    f"{kind.__module__}.{kind.__qualname__} cannot train a parameter of precision "
+                    f"{master.precision!r}: it holds {_holds(master.precision)}, which only "
+                    "offprincipal_peft.MaskedAdamW updates correctly. Use MaskedAdamW(model.parameters(), ...), or "
+                    "precision='fp32', which any optimiser trains. Nothing was changed."
+                )
+
+
+def _holds(precision: str) -> str:
+    return "the low 16 bits of an fp32 value" if precision == "split" else "bf16 weights, not an update"

@@ -1,0 +1,52 @@
+"""Numbers of 16 and 32 bits: an fp32 value as a bf16 weight plus a low half, and unbiased rounding to bf16.
+
+The *split master* stores the fp32 value in the bf16 weight that the model computes with anyway and 16 further bits.
+The weight is the value rounded with ties away from zero, not to even: the low half is the signed distance in units of
+2^-16 of a bf16 step, which at a tie that rounds down to even would be +32768, one more than int16 holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def split_master(value: Tensor) -> tuple[Tensor, Tensor]:  # fp32, any shape -> bf16 and int16, same shape
+    """The nearest bf16 (ties away from zero) and the int16 low half that :func:`join_master` restores ``value`` from.
+
+    Exact for every finite value whose rounding is finite, for zeros of either sign and for infinities. A value that
+    rounds past the largest bf16 becomes an infinite weight, as in any rounding, and still joins back exactly.
+
+    Raises ``TypeError`` for another dtype.
+    """
+    if value.dtype != torch.float32:
+        raise TypeError(f"a split master is made of a float32 value, got {value.dtype}")
+    bits = value.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = (bits - (high << 16)).to(torch.int16)
+    return high.to(torch.int16).view(torch.bfloat16), low
+
+
+def join_master(high: Tensor, low: Tensor) -> Tensor:  # bf16 and int16, same shape -> fp32
+    """The fp32 value that :func:`split_master` took apart, bit for bit."""
+    if high.dtype != torch.bfloat16 or low.dtype != torch.int16:
+        raise TypeError(f"a split master is a bfloat16 weight and an int16 low half, got {high.dtype} and {low.dtype}")
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + low
+    return bits.view(torch.float32)
+
+
+def round_stochastically(value: Tensor, generator: torch.Generator | None = None) -> Tensor:  # fp32 -> bf16
+    """Round to one of the two neighbouring bf16 values with probabilities that make the mean exact.
+
+    A uniform 16-bit number is added to the magnitude's bits before they are cut. Values that are bf16 already stay;
+    infinities and NaN are returned as they are. Source: unbiased rounding as in 2010.06192 (revisiting bf16 training).
+
+    Args:
+        value: fp32, any shape.
+        generator: on the value's device; torch's default generator of that device otherwise.
+    """
+    if value.dtype != torch.float32:
+        raise TypeError(f"stochastic rounding takes a float32 value, got {value.dtype}")
+    noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
+    cut = ((value.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(value.isfinite(), cut, value.to(torch.bfloat16))

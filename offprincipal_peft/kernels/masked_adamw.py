@@ -1,0 +1,218 @@
+"""AdamW for packed masked parameters, with a split master, 16-bit moments and rounding ablations.
+
+For a plain fp32 parameter with fp32 moments this is torch's fused AdamW, bit for bit. A split master is updated in
+chunks that stay in the cache: gather the bf16 halves, join, fused AdamW, split, scatter. Weight decay acts on the
+update, the distance from the base weight, never on the weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..geometry.precision import join_master, round_stochastically, split_master
+from .layout import CHUNK
+from .packed_update import PackedMaster, master_of
+
+_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW that trains every precision of :class:`~offprincipal_peft.PrincipalSparseConfig`.
+
+    Args:
+        params: parameters or groups, as for any torch optimiser; those that are not packed train as usual.
+        lr: learning rate.
+        betas: decay of the first and second moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; of a packed parameter it decays the update towards zero.
+        moments: ``"fp32"``, or ``"bf16"`` to store both moments in half the memory (rounded to nearest each step).
+        seed: of the stochastic rounding, which depends on it, the parameter's position and the step alone, so that a
+            resumed run repeats an uninterrupted one.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a split master whose weight is merged, or a sparse gradient.
+
+    Source: AdamW is 1711.05101, Algorithm 2; the split master stores an fp32 value as its bf16 rounding (which is the
+    weight) and a 16-bit remainder.
+    """
+
+    knows_packed_masters = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        moments: Literal["fp32", "bf16"] = "fp32",
+        seed: int = 0,
+    ) -> None:
+        if moments not in _MOMENTS:
+            raise ValueError(f"moments must be 'fp32' or 'bf16', got {moments!r}")
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr, eps and weight_decay must not be negative and betas must lie in [0, 1), got lr={lr}, eps={eps}, "
+                f"weight_decay={weight_decay}, betas={betas}"
+            )
+        self.moments, self.seed = moments, seed
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        position = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                position += 1
+                if parameter.grad is not None:
+                    self._update(parameter, group, position)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], position: int) -> None:
+        grad = parameter.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError("MaskedAdamW takes dense gradients; a packed gradient is a dense vector of the entries")
+        master = master_of(parameter)
+        matrix = master.current() if master is not None and master.precision == "split" else None
+        state = self.state[parameter]
+        if not state:
+            dtype = _MOMENTS[self.moments] if parameter.dtype != torch.float64 else torch.float64
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        state["step"] += 1
+        step = _Step(group, state["step"].to(grad.device))
+        flat = [t.detach().reshape(-1) for t in (parameter, grad)]  # a packed parameter is a vector already
+        moments = [state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")]
+        if master is None:
+            _step_plain(parameter.detach(), flat[1].view(parameter.shape), moments, step)
+        elif matrix is not None:
+            _step_split(matrix, master, flat[0], flat[1], moments, step)
+        else:
+            generator = None
+            if master.precision == "bf16-stochastic":
+                generator = torch.Generator(parameter.device)
+                generator.manual_seed(((self.seed * 1_000_003 + position) << 24) + int(state["step"]))
+            _step_rounded(master, flat[0], flat[1], moments, step, generator)
+        if master is not None:
+            master.stepped()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "moments": self.moments, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but moments keep the dtype they were saved in, where torch casts them to the parameter's.
+
+        Raises ``ValueError`` where they were saved in another precision than this optimiser keeps.
+        """
+        saved = state_dict.get("moments", self.moments)
+        if saved != self.moments:
+            raise ValueError(f"the saved state has {saved} moments, this optimiser was made with {self.moments}")
+        self.seed = state_dict.get("seed", self.seed)
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("moments", "seed")})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):
+                if number in state_dict["state"]:
+                    moment = state_dict["state"][number][key]
+                    self.state[parameter][key] = moment.detach().to(parameter.device, copy=True)
+
+
+class _Step:
+    """One step's scalars and torch's fused kernel on flat fp32 (or fp64) tensors."""
+
+    def __init__(self, group: dict[str, Any], number: Tensor) -> None:
+        self.group, self.number = group, number
+        self.lr, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
+
+    def __call__(self, value: Tensor, grad: Tensor, moments: list[Tensor], weight_decay: float = 0.0) -> None:
+        beta1, beta2 = self.group["betas"]
+        wide = [m if m.dtype == value.dtype else m.to(value.dtype) for m in moments]
+        torch._fused_adamw_(
+            [value],
+            [grad.to(value.dtype)],
+            [wide[0]],
+            [wide[1]],
+            [],
+            [self.number],
+            lr=self.lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=self.group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        for stored, new in zip(moments, wide, strict=True):
+            if stored is not new:
+                stored.copy_(new)
+
+    def decay(self, value: Tensor, original: Tensor) -> None:
+        """In place: pull ``value`` towards ``original``, by the decay that AdamW would apply to their difference."""
+        if self.weight_decay:
+            value.sub_(value - original, alpha=self.lr * self.weight_decay)
+
+
+def _step_plain(value: Tensor, grad: Tensor, moments: list[Tensor], step: _Step) -> None:
+    """A parameter that is its own master. Whole where nothing has to be converted, else in chunks."""
+    if value.dtype == moments[0].dtype and value.is_contiguous():
+        step(value, grad, [m.view(value.shape) for m in moments], step.weight_decay)
+        return
+    if not value.is_contiguous():
+        wide = value.to(torch.promote_types(value.dtype, torch.float32), memory_format=torch.contiguous_format)
+        step(wide, grad, [m.view(value.shape) for m in moments], step.weight_decay)
+        value.copy_(wide)
+        return
+    flat, gradient = value.view(-1), grad.view(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        wide = flat[part].to(torch.promote_types(value.dtype, torch.float32))
+        step(wide, gradient[part], [m[part] for m in moments], step.weight_decay)
+        if wide.data_ptr() != flat[part].data_ptr():
+            flat[part].copy_(wide)
+
+
+def _step_split(
+    matrix: Tensor, master: PackedMaster, parameter: Tensor, grad: Tensor, moments: list[Tensor], step: _Step
+) -> None:
+    low, layout = parameter.view(torch.int16), master.layout
+    original = master.original() if step.weight_decay else None
+    for part, where in layout.chunks():
+        high = layout.gather_chunk(matrix, where, part.stop - part.start)
+        value = join_master(high, low[part])
+        if original is not None:
+            step.decay(value, original[part].float())
+        step(value, grad[part], [m[part] for m in moments])
+        high, new_low = split_master(value)
+        layout.scatter_chunk_(matrix, where, high)
+        low[part] = new_low
+
+
+def _step_rounded(
+    master: PackedMaster,
+    values: Tensor,
+    grad: Tensor,
+    moments: list[Tensor],
+    step: _Step,
+    generator: torch.Generator | None,
+) -> None:
+    original = master.original() if step.weight_decay else None
+    for start in range(0, values.numel(), CHUNK):
+        part = slice(start, min(start + CHUNK, values.numel()))
+        value = values[part].float()
+        if original is not None:
+            step.decay(value, original[part].float())
+        step(value, grad[part], [m[part] for m in moments])
+        values[part] = value.to(torch.bfloat16) if generator is None else round_stochastically(value, generator)
