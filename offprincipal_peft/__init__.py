@@ -5,7 +5,8 @@ Importing this package registers its methods with PEFT, so that ``get_peft_model
 """
 
 from . import geometry
-from .tuners import OffPrincipalLoraConfig
+from .kernels import MaskedAdamW
+from .tuners import OffPrincipalLoraConfig, PrincipalSparseConfig
 
 __version__ = "0.1.0"
-__all__ = ["OffPrincipalLoraConfig", "__version__", "geometry"]
+__all__ = ["MaskedAdamW", "OffPrincipalLoraConfig", "PrincipalSparseConfig", "__version__", "geometry"]

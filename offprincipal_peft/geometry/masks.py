@@ -176,7 +176,7 @@ class _Evaluation:
         if options.principal_method not in ("exact", "randomized"):
             raise ValueError(f"principal_method must be 'exact' or 'randomized', got {options.principal_method!r}")
         self.magnitude = unit_means(self.weight.abs(), options.structure)
-        self.reports: list[MatchReport] = []
+        self.reports: list[MatchReport | OverlapReport] = []
 
     def run(self) -> Mask:
         units, _ = fold(

@@ -74,7 +74,7 @@ class _PackedLinear(torch.autograd.Function):
         out = _dense_forward(x, weight, bias, transposed)
         if delta.requires_grad:
             needed = layout.needed_left(flat) if transposed else layout.needed_right(flat)
-            ctx.save_for_backward(needed)
+            ctx.save_for_backward(needed, delta)
         # Not saved through autograd: the same values are written into it again before every forward.
         ctx.weight, ctx.layout, ctx.transposed, ctx.before_backward = (
             weight.detach(),
@@ -89,12 +89,12 @@ class _PackedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].reshape(-1, grads[0].shape[-1])  # (tokens, d_out)
         grad_x = grad_delta = None
+        needed = ctx.saved_tensors[0] if ctx.saved_tensors else None  # raises where delta was written in place
+        if ctx.before_backward is not None:
+            ctx.before_backward()
         if ctx.needs_input_grad[0]:
-            if ctx.before_backward is not None:
-                ctx.before_backward()
             grad_x = (grad @ (ctx.weight.T if ctx.transposed else ctx.weight)).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            (needed,) = ctx.saved_tensors
             if ctx.transposed:
                 grad_delta = ctx.layout.gradient(needed, ctx.layout.needed_right(grad))
             else:

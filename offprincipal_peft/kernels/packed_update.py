@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import Layout
@@ -90,7 +91,7 @@ def register_master(parameter: nn.Parameter, master: PackedMaster) -> None:
     global _hook
     _MASTERS[parameter] = weakref.ref(master)
     if _hook is None:
-        _hook = torch.optim.optimizer.register_optimizer_step_pre_hook(_refuse_foreign_optimizer)
+        _hook = register_optimizer_step_pre_hook(_refuse_foreign_optimizer)
 
 
 def master_of(parameter: Tensor) -> PackedMaster | None:

@@ -117,7 +117,7 @@ class OffPrincipalLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         # A config read from JSON carries its peft_type as a plain string, a live one as the enum member: with values
-        # about to be loaded the layers postpone their decompositions (see state.PendingStarts).
+        # about to be loaded the layers postpone their decompositions (see pending.PendingStarts).
         self._values_may_follow: bool = type(getattr(self, "peft_type", None)) is str
         self._check_types()
         self._refuse_inherited()  # first, because PEFT clears some of these with no more than a warning

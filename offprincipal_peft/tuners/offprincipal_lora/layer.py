@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from ...geometry.numerics import full_precision
 from ...geometry.reversible_add import MergeRecord, Start, add_low_rank_, restore_
+from ..pending import PendingStarts
 from .inits import Bases, LayerStart, StartRequest, compute_start
-from .state import AdapterGeometry, FactorScope, FrozenFactor, PendingStarts, check_loaded, stored_starts
+from .state import AdapterGeometry, FactorScope, FrozenFactor, check_loaded, stored_starts
 
 
 class OffPrincipalVariant(LoraVariant):

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..pending import PendingStarts
+from ..targets import check_supported, matched_targets, oriented_weight
 from .config import OffPrincipalLoraConfig
 from .inits import LayerStart, StartRequest, check_request, compute_start, needs_decomposition
 from .layer import OffPrincipalLinear
-from .state import FactorScope, PendingStarts
+from .state import FactorScope
 
-_SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+METHOD = "off-principal LoRA"
 
 
 class OffPrincipalLoraModel(LoraModel):
@@ -58,7 +58,7 @@ class OffPrincipalLoraModel(LoraModel):
         config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
         _maybe_include_all_linear_layers(config, model)
         frozen_config = copy.copy(config)  # requests outlive this call, the user's config may change
-        targets = _matched_targets(self, config, model, state_dict)
+        targets = matched_targets(self, config, model, state_dict)
         self._requests = {key: _request(frozen_config, key, module) for key, module in targets.items()}
         for request in self._requests.values():
             check_request(request)
@@ -81,7 +81,7 @@ class OffPrincipalLoraModel(LoraModel):
         ``only_if_cheap`` returns ``None`` instead of decomposing a weight.
         """
         if not isinstance(module, OffPrincipalLinear):
-            return None if only_if_cheap else compute_start(_oriented_weight(module), request)
+            return None if only_if_cheap else compute_start(oriented_weight(module), request)
         start, known = module.known_start(request)
         if start is not None:
             return start
@@ -212,107 +212,19 @@ class OffPrincipalLoraModel(LoraModel):
         return cls.subtract_mutated_init(*args, **kwargs)
 
 
-# -- planning: which layers, and whether each can be adapted ------------------------------------------------------
-
-
-def _matched_targets(
-    tuner: BaseTuner, config: OffPrincipalLoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
-) -> dict[str, nn.Module]:
-    """Modules that the config targets by their key, in model order; adapter internals excluded."""
-    from_checkpoint = None
-    if state_dict is not None:
-        from_checkpoint = {key.rsplit("." + tuner.prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
-    inside: list[str] = []
-    seen: list[str] = []
-    targets: dict[str, nn.Module] = {}
-    for key, module in model.named_modules():
-        if not key or any(key.startswith(prefix) for prefix in inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside.append(key + ".")
-        seen.append(key)
-        matched = (
-            bool(tuner._check_target_module_exists(config, key))
-            if from_checkpoint is None
-            else key.removeprefix("_orig_mod.") in from_checkpoint
-        )
-        if matched:
-            _check_parent(key, model)
-            targets[key] = module
-    if from_checkpoint is None:
-        _check_every_entry_matches(config, seen, targets, model)
-    return targets
-
-
-def _check_parent(key: str, model: nn.Module) -> None:
-    parent = model.get_submodule(key.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        raise ValueError(
-            f"{key} lies in a torch.nn.{type(parent).__name__}, which reads its layers' weights directly and would "
-            "bypass an adapter; list it in exclude_modules."
-        )
-
-
-def _check_every_entry_matches(
-    config: OffPrincipalLoraConfig, seen: list[str], targets: dict[str, nn.Module], model: nn.Module
-) -> None:
-    linear = sorted({k.rsplit(".", 1)[-1] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
-    if isinstance(config.target_modules, list | set | tuple):
-        for entry in sorted(config.target_modules):
-            if not any(key == entry or key.endswith(f".{entry}") for key in seen):
-                raise ValueError(
-                    f"target_modules entry {entry!r} matches no module of the model; its linear layers are named "
-                    f"{', '.join(linear)}."
-                )
-    for option in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, option) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", key) for key in targets):
-                names = sorted({key.rsplit(".", 1)[-1] for key in targets})
-                raise ValueError(
-                    f"{option} entry {pattern!r} matches none of the {len(targets)} targeted layers, whose names end "
-                    f"in {', '.join(names)}."
-                )
+# -- planning: what each targeted layer asks for ------------------------------------------------------------------
 
 
 def _request(config: OffPrincipalLoraConfig, key: str, module: nn.Module) -> StartRequest:
     base = module.get_base_layer() if isinstance(module, OffPrincipalLinear) else module
     reads_weight = config.init_subspace in ("top", "bottom", "null") or config.projection != "none"
-    _check_supported(key, base, needs_values=reads_weight and not config._values_may_follow)
-    d_out, d_in = _oriented_weight(base).shape
+    check_supported(key, base, METHOD, needs_values=reads_weight and not config._values_may_follow)
+    d_out, d_in = oriented_weight(base).shape
     shape = (d_out, d_in)
     r = _pattern_value(config.rank_pattern, key, config.r)
     alpha = _pattern_value(config.alpha_pattern, key, config.lora_alpha)
     scaling = alpha / r**0.5 if config.use_rslora else alpha / r
     return StartRequest(key, shape, r, config.resolve_principal_rank(shape), scaling, config)
-
-
-def _check_supported(key: str, base: nn.Module, *, needs_values: bool) -> None:
-    kind = f"{type(base).__module__}.{type(base).__qualname__}"
-    if isinstance(base, BaseTunerLayer):
-        raise ValueError(f"{key} already carries a {kind} adapter; unload that adapter first.")
-    if not isinstance(base, nn.Linear | Conv1D):
-        raise ValueError(
-            f"{key} is a {kind}; off-principal LoRA adapts torch.nn.Linear and transformers' Conv1D layers. Narrow "
-            "target_modules or list it in exclude_modules."
-        )
-    weight = base.weight
-    if type(weight) is not nn.Parameter or weight.dtype not in _SUPPORTED_DTYPES or weight.dim() != 2:
-        raise ValueError(
-            f"{key} ({kind}) has a weight of type {type(weight).__name__}, dtype {weight.dtype} and shape "
-            f"{tuple(weight.shape)}; off-principal LoRA needs a plain 2-D parameter in float32, bfloat16, float16 or "
-            "float64. Quantised and sharded bases are not supported by this method."
-        )
-    if needs_values and weight.is_meta:
-        raise ValueError(
-            f"{key} (weight {weight.shape[0]} x {weight.shape[1]}) is on the meta device and has no values to "
-            "decompose; load the base model's weights first, or load a saved adapter with low_cpu_mem_usage=True."
-        )
-
-
-def _oriented_weight(base: nn.Module) -> Tensor:
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
 
 
 def _pattern_value(patterns: dict[str, Any] | None, key: str, default: Any) -> Any:

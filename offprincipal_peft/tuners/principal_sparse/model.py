@@ -1,0 +1,249 @@
+"""The tuner: plans every layer's mask before the model is touched, then wraps the layers."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from ...geometry.masks import MatchReport, OverlapReport, needs_spectrum
+from ..pending import PendingStarts
+from ..targets import check_supported, matched_targets
+from .config import PrincipalSparseConfig
+from .layer import PrincipalSparseLinear
+from .plan import MaskPlan, build_plan
+from .scope import WriteScope
+
+METHOD = "principal-masked sparse fine-tuning"
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What one layer trains."""
+
+    trained: int  # entries
+    total: int
+    notes: tuple[MatchReport | OverlapReport, ...]  # of magnitude-matched pairs and randomised scores
+
+    @property
+    def density(self) -> float:
+        return self.trained / self.total
+
+
+class PrincipalSparseModel(BaseTuner):
+    """Applies :class:`PrincipalSparseConfig` to the linear layers of a model.
+
+    While an adapter is active the base weights hold its values on the mask; disabling, unmerging, deleting and
+    unloading give them their own bytes back, and ``state_dict()`` always has the base's own.
+    """
+
+    active_adapters: list[str]
+
+    prefix = "princsparse_"
+    tuner_layer_cls = PrincipalSparseLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    # -- injection ----------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As in PEFT, but every check and every mask is done before the first layer is replaced.
+
+        Raises:
+            ValueError: a target that matches nothing or cannot be adapted, a weight that another module shares, a
+                mask that is empty or full on a layer; the model is then unchanged.
+        """
+        if "scope" not in self.__dict__:
+            self.scope = WriteScope()
+            self._plans: dict[str, MaskPlan] = {}
+            self._pending: dict[str, PendingStarts] = {}
+        # PEFT writes the layers it found into target_modules: into a copy, so that the caller's config can be reused.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        _maybe_include_all_linear_layers(config, model)
+        targets = matched_targets(self, config, model, state_dict)
+        values_follow = config._values_may_follow or low_cpu_mem_usage
+        _check_targets(config, targets, model, needs_values=not values_follow)
+        self._pending.pop(adapter_name, None)
+        if values_follow:
+            self._pending[adapter_name] = PendingStarts(adapter_name, set(targets))
+        else:
+            self._plans = _plans(config, targets)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            self._plans = {}
+
+    def _create_and_replace(
+        self,
+        config: PrincipalSparseConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **unused: Any,
+    ) -> None:
+        plan, pending = self._plans.pop(current_key, None), self._pending.get(adapter_name)
+        frozen_config = copy.copy(config)  # the layer's own: the user's may change
+        if isinstance(target, PrincipalSparseLinear):
+            target.update_layer(adapter_name, frozen_config, plan, pending, inference_mode=config.inference_mode)
+            return
+        layer = PrincipalSparseLinear(target, current_key, self.scope)
+        layer._active_adapter = adapter_name  # type: ignore[assignment]
+        layer.update_layer(adapter_name, frozen_config, plan, pending, inference_mode=config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Packed values have the dtype of their precision, whatever is asked for here.
+
+        PEFT calls this when an adapter was created and again when its values were loaded, so it is also where an
+        incomplete load is noticed.
+        """
+        if adapter_name in self._pending:
+            self._pending[adapter_name].check_complete()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; a merged adapter is refused before any layer is touched."""
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
+        super().delete_adapter(adapter_name)
+        self._pending.pop(adapter_name, None)
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Also checks every layer's tensors, so that nothing is written where one of them is refused."""
+        layers = {k: m for k, m in model.named_modules() if isinstance(m, PrincipalSparseLinear)}
+        layers = {k: m for k, m in layers.items() if adapter_name in m.princsparse_delta}
+        pending = [m._pending[adapter_name] for m in layers.values() if adapter_name in m._pending]
+        for each in pending:
+            each.keys_only = True
+        try:
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        finally:
+            for each in pending:
+                each.keys_only = False
+        stored: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        infix = f".princsparse_delta.{adapter_name}."
+        for key, value in remapped.items():
+            path, found, name = key.rpartition(infix)
+            if found:
+                stored[path][name] = value
+        missing = sorted(set(layers) - set(stored))
+        if stored and missing:
+            raise ValueError(
+                f"the saved adapter has no values for {len(missing)} of the {len(layers)} layers that adapter "
+                f"{adapter_name!r} targets (first: {missing[0]}); it is truncated or was made for another model. "
+                "Nothing was changed."
+            )
+        for path, layer in layers.items():
+            if path in stored:
+                layer.vet(adapter_name, stored[path])
+        return remapped
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("batches that mix adapters are not supported: a layer holds one adapter's weights at once")
+        with self.scope.open():
+            yield
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """``unload()`` returns the base model with the bytes it had."""
+        if not merge:
+            for layer in self._layers():
+                if layer.merged:
+                    layer.unmerge()
+                layer.restore()
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    def _layers(self) -> Iterator[PrincipalSparseLinear]:
+        return (m for m in self.model.modules() if isinstance(m, PrincipalSparseLinear))
+
+    @property
+    def mask_reports(self) -> dict[str, dict[str, MaskReport]]:
+        """What each adapter trains in each layer: adapter -> layer name -> report. Empty while values are to come."""
+        reports: dict[str, dict[str, MaskReport]] = {name: {} for name in self.peft_config}
+        for layer in self._layers():
+            for delta in layer.packed():
+                if delta.plan is not None:
+                    total = layer.stored_matrix().numel()
+                    reports[delta.adapter][layer.name] = MaskReport(delta.count, total, tuple(delta.plan.reports))
+        return reports
+
+
+# -- planning: which entries, before the model is touched -----------------------------------------------------------
+
+
+def _plans(config: PrincipalSparseConfig, targets: dict[str, nn.Module]) -> dict[str, MaskPlan]:
+    """Every layer's mask: another adapter's where it has the same one, else evaluated on the base's own weight."""
+    plans: dict[str, MaskPlan] = {}
+    compared: set[tuple[int, ...]] = set()
+    for key, module in targets.items():
+        known = module.known_plan(config) if isinstance(module, PrincipalSparseLinear) else None
+        if known is None:
+            base = module
+            if isinstance(module, PrincipalSparseLinear):
+                if module.merged:
+                    raise ValueError(f"{key}: adapter {module.merged_adapters[0]!r} is merged; unmerge it first.")
+                module.restore()
+                base = module.get_base_layer()
+            assert isinstance(base.weight, Tensor)
+            first_of_shape = tuple(base.weight.shape) not in compared and needs_spectrum(config.mask)
+            known = build_plan(base, config, key, compare_with_exact=first_of_shape)
+            compared.add(tuple(base.weight.shape))
+        plans[key] = known
+    return plans
+
+
+def _check_targets(
+    config: PrincipalSparseConfig, targets: dict[str, nn.Module], model: nn.Module, *, needs_values: bool
+) -> None:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta:
+            owners[parameter.untyped_storage().data_ptr()].append(name)
+    for key, module in targets.items():
+        base = module.get_base_layer() if isinstance(module, PrincipalSparseLinear) else module
+        check_supported(key, base, METHOD, needs_values=needs_values)
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        if config.precision != "fp32" and weight.dtype != torch.bfloat16:
+            raise ValueError(
+                f"{key}: precision={config.precision!r} keeps the trained values in a bfloat16 weight, this one is "
+                f"{weight.dtype}; load the model in bfloat16 or use precision='fp32'."
+            )
+        if weight.is_meta:
+            continue
+        if not weight.is_contiguous():
+            raise ValueError(
+                f"{key}: its weight of shape {tuple(weight.shape)} is stored with strides {weight.stride()}; entries "
+                "are addressed by position in a contiguous weight. Replace it by weight.contiguous() first."
+            )
+        shared = [name for name in owners[weight.untyped_storage().data_ptr()] if not name.startswith(f"{key}.")]
+        if shared:
+            raise ValueError(
+                f"{key}: its weight is shared with {', '.join(shared)} (tied weights): training its entries would "
+                "change that module too. List it in exclude_modules, or untie the weights first."
+            )

@@ -1,0 +1,121 @@
+"""A mask in the form a layer needs: its layout on the stored weight, its file form, the weight it was made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...geometry.mask_storage import fingerprint, pack_units, unpack_units
+from ...geometry.masks import BLOCK, MatchReport, OverlapReport, build_mask
+from ...kernels import Layout, layout_of
+from .config import PrincipalSparseConfig
+
+_TRANSPOSED = {"element": "element", "block": "block", "row": "column", "column": "row"}
+
+
+@dataclass
+class MaskPlan:
+    """A mask as a layer needs it."""
+
+    layout: Layout  # of the weight as it is stored
+    packed: Tensor  # the units as they are saved
+    base: Tensor  # fingerprint of the base weight, uint8 (16,)
+    reports: list[MatchReport | OverlapReport] = field(default_factory=list)
+
+
+def plan_mask(
+    units: Tensor,
+    weight: Tensor,
+    structure: str,
+    *,
+    transposed: bool,
+    reports: list[Any] | None = None,
+    base: Tensor | None = None,
+) -> MaskPlan:
+    """The plan for units of a (d_out, d_in) mask on a stored weight, which is (d_in, d_out) where ``transposed``."""
+    stored_structure = structure
+    stored_units = units
+    if transposed:
+        stored_structure = _TRANSPOSED[structure]
+        stored_units = units.T.contiguous() if units.dim() == 2 else units
+    shape = (weight.shape[0], weight.shape[1])
+    layout = layout_of(stored_units, shape, stored_structure, side=BLOCK)
+    return MaskPlan(layout, pack_units(units).cpu(), fingerprint(weight) if base is None else base.cpu(), reports or [])
+
+
+def unit_shape(shape: tuple[int, int], structure: str) -> tuple[int, ...]:
+    """The shape of a mask's units on a (d_out, d_in) weight."""
+    if structure == "row":
+        return (shape[0],)
+    if structure == "column":
+        return (shape[1],)
+    return shape if structure == "element" else (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+
+
+def build_plan(
+    base: nn.Module, config: PrincipalSparseConfig, name: str, *, compare_with_exact: bool = True
+) -> MaskPlan:
+    """Evaluate a config's mask on a base layer that carries no adapter."""
+    weight, transposed = base.weight, isinstance(base, Conv1D)
+    assert isinstance(weight, Tensor)
+    logical = weight.detach().T if transposed else weight.detach()
+    mask = build_mask(logical, config.mask, config.mask_options(compare_with_exact=compare_with_exact), name=name)
+    return plan_mask(mask.units, weight.detach(), config.structure, transposed=transposed, reports=list(mask.reports))
+
+
+def read_plan(
+    stored: dict[str, Tensor],
+    weight: Tensor,
+    identity: Tensor | None,
+    config: PrincipalSparseConfig,
+    values_dtype: torch.dtype,
+    *,
+    transposed: bool,
+    where: str,
+) -> tuple[MaskPlan, Tensor]:
+    """The mask and values of a saved adapter. Raises ``ValueError`` for whatever does not belong together.
+
+    Args:
+        stored: the tensors of one layer, see :meth:`.packed.PackedDelta.stored`.
+        weight: the base weight as it is stored.
+        identity: its fingerprint, or None where it has no values yet.
+        config: of the adapter.
+        values_dtype: of the values this adapter stores.
+        transposed: whether the weight is stored (d_in, d_out).
+        where: layer and adapter, for messages.
+    """
+    key = "master" if config.precision == "split" else "weight"
+    missing = sorted({key, "entries", "base"} - set(stored))
+    if missing:
+        raise ValueError(
+            f"{where}: the saved adapter is incomplete, it lacks {', '.join(missing)} (found "
+            f"{', '.join(sorted(stored))}). Masks travel with an adapter and are never regenerated."
+        )
+    if identity is not None and not torch.equal(stored["base"].cpu(), identity):
+        raise ValueError(other_base(where))
+    shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+    try:
+        units = unpack_units(stored["entries"], unit_shape(shape, config.structure))
+    except ValueError as error:
+        weight_is = f"weight {shape[0]} x {shape[1]}, structure {config.structure!r}"
+        raise ValueError(f"{where} ({weight_is}): {error}.") from error
+    plan = plan_mask(units.to(weight.device), weight, config.structure, transposed=transposed, base=stored["base"])
+    values = stored[key]
+    if values.shape != (plan.layout.count,) or values.dtype != values_dtype:
+        raise ValueError(
+            f"{where}: the mask names {plan.layout.count} entries, for which {values_dtype} values are needed, but the "
+            f"saved adapter holds {values.dtype} values of shape {tuple(values.shape)}."
+        )
+    return plan, values
+
+
+def other_base(where: str) -> str:
+    return (
+        f"{where}: the mask was made for a base weight with other bytes. An adapter belongs to the exact weights "
+        "it was trained on, in their dtype: load the same base model in the same dtype, without merged adapters. "
+        "Nothing was changed."
+    )
