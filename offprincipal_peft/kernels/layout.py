@@ -9,11 +9,15 @@ blocks of it and keep what the mask names. ``index_select``, ``index_copy_`` and
 
 from __future__ import annotations
 
+import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from .gradient_memory import GradientMemory
 
 ROW_BLOCK = 256  # rows of the product held at once; fewer slow down ten times under contention
 CHUNK = 262_144  # entries converted to int64 at a time: ``index_copy_`` and ``scatter_`` refuse int32
@@ -24,6 +28,14 @@ class Layout(ABC):
 
     shape: tuple[int, int]
     count: int
+    memory: GradientMemory
+
+    def __init__(self, shape: tuple[int, int], count: int) -> None:
+        self.shape, self.count, self.memory = shape, count, GradientMemory()
+
+    @abstractmethod
+    def units(self) -> Tensor:
+        """The chosen units, bool: (rows, columns), (rows,), (columns,) or a grid of blocks."""
 
     @abstractmethod
     def gather(self, matrix: Tensor) -> Tensor:
@@ -72,47 +84,62 @@ class Layout(ABC):
 
 
 class ElementLayout(Layout):
-    """Single entries, by sorted row-major positions."""
+    """Single entries, by sorted row-major positions, counted from the start of their block of rows."""
 
-    def __init__(self, shape: tuple[int, int], indices: Tensor) -> None:  # indices (count,) int32
-        self.shape, self.indices, self.count = shape, indices, indices.numel()
+    def __init__(self, shape: tuple[int, int], indices: Tensor) -> None:  # indices (count,) int32, in the matrix
+        super().__init__(shape, indices.numel())
+        self.offsets = torch.empty_like(indices)  # int32, in the block of rows
         edges = torch.arange(0, shape[0] + ROW_BLOCK, ROW_BLOCK).clamp_max(shape[0]) * shape[1]
-        self.bounds: list[int] = torch.searchsorted(indices.cpu().to(torch.int64), edges).tolist()
+        bounds = torch.searchsorted(indices, edges.to(indices.device), out_int32=False).tolist()
+        self.blocks: list[tuple[int, int, int]] = []  # first row, and its first and last + 1 packed entry
+        for block, (low, high) in enumerate(itertools.pairwise(bounds)):
+            if low < high:
+                first = block * ROW_BLOCK
+                torch.sub(indices[low:high], first * shape[1], out=self.offsets[low:high])
+                self.blocks.append((first, low, high))
+
+    def units(self) -> Tensor:
+        return self.mask(self.offsets.device)
+
+    def _rows(self, matrix: Tensor, first: int) -> Tensor:
+        return matrix[first : first + ROW_BLOCK].view(-1)
 
     def gather(self, matrix: Tensor) -> Tensor:
-        return matrix.view(-1).index_select(0, self.indices)
+        out = torch.empty(self.count, dtype=matrix.dtype, device=matrix.device)
+        for first, low, high in self.blocks:
+            torch.index_select(self._rows(matrix, first), 0, self.offsets[low:high], out=out[low:high])
+        return out
 
     def chunks(self) -> Iterator[tuple[slice, tuple[int, Tensor]]]:
-        for start in range(0, self.count, CHUNK):
-            part = slice(start, min(start + CHUNK, self.count))
-            yield part, (0, self.indices[part].to(torch.int64))
+        for first, low, high in self.blocks:
+            yield slice(low, high), (first, self.offsets[low:high].to(torch.int64))
 
     def gather_chunk(self, matrix: Tensor, where: tuple[int, Tensor], count: int) -> Tensor:
-        return matrix.view(-1).index_select(0, where[1])
+        return self._rows(matrix, where[0]).index_select(0, where[1])
 
     def scatter_chunk_(self, matrix: Tensor, where: tuple[int, Tensor], values: Tensor) -> None:
-        flat = matrix.view(-1)
+        flat = self._rows(matrix, where[0])
         if flat.device.type == "cpu" and flat.element_size() == 2:  # half of ``index_copy_``'s time, a sixth of bf16's
             flat.view(torch.int16).scatter_(0, where[1], values.view(torch.int16))
         else:
             flat.index_copy_(0, where[1], values)
 
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        out = torch.empty(self.count, dtype=torch.float32, device=left.device)
-        for block, (low, high) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
-            if low == high:
-                continue
-            first = block * ROW_BLOCK
+        out = self.memory.empty(self.count, left.device)
+        for first, low, high in self.blocks:
             product = left[:, first : first + ROW_BLOCK].T @ right  # (256, columns)
-            inside = self.indices[low:high] - first * self.shape[1]
-            out[low:high] = product.view(-1).index_select(0, inside)
+            out[low:high] = product.view(-1).index_select(0, self.offsets[low:high])
         return out
 
     def index_bytes(self) -> int:
-        return self.indices.numel() * self.indices.element_size()
+        return self.offsets.numel() * self.offsets.element_size()
 
     def to(self, device: torch.device) -> ElementLayout:
-        return self if self.indices.device == device else ElementLayout(self.shape, self.indices.to(device))
+        if self.offsets.device == device:
+            return self
+        moved = copy.copy(self)
+        moved.offsets = self.offsets.to(device)
+        return moved
 
 
 class _StripeLayout(Layout):
@@ -121,9 +148,13 @@ class _StripeLayout(Layout):
     dimension: int  # along which stripes are chosen
 
     def __init__(self, shape: tuple[int, int], stripes: Tensor) -> None:  # stripes (n,) int64, sorted
-        self.shape, self.stripes = shape, stripes.to(torch.int64)
-        self.packed_shape = (len(stripes), shape[1]) if self.dimension == 0 else (shape[0], len(stripes))
-        self.count = self.packed_shape[0] * self.packed_shape[1]
+        super().__init__(shape, len(stripes) * shape[1 - self.dimension])
+        self.stripes = stripes.to(torch.int64)
+
+    def units(self) -> Tensor:
+        units = torch.zeros(self.shape[self.dimension], dtype=torch.bool, device=self.stripes.device)
+        units[self.stripes] = True
+        return units
 
     def gather(self, matrix: Tensor) -> Tensor:
         return matrix.index_select(self.dimension, self.stripes).view(-1)
@@ -132,7 +163,11 @@ class _StripeLayout(Layout):
         return self.stripes.numel() * self.stripes.element_size()
 
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        return (left.T @ right).to(torch.float32).view(-1)
+        product = left.T @ right
+        if product.dtype == torch.float32:
+            return product.view(-1)
+        out = self.memory.empty(self.count, left.device)
+        return out.copy_(product.view(-1))
 
     def to(self, device: torch.device) -> _StripeLayout:
         return self if self.stripes.device == device else type(self)(self.shape, self.stripes.to(device))
@@ -184,12 +219,15 @@ class BlockLayout(Layout):
     """Square blocks of a (block-row, block-column) grid; packed block-row by block-row, each row-major."""
 
     def __init__(self, shape: tuple[int, int], blocks: Tensor, side: int) -> None:  # blocks (grid) bool
-        self.shape, self.blocks, self.side = shape, blocks, side
+        self.blocks, self.side = blocks, side
         expanded = blocks.repeat_interleave(side, 1)[:, : shape[1]]
         self.columns = [row.nonzero().squeeze(1) for row in expanded]  # int64 per block row
         self.heights = [min(side, shape[0] - i * side) for i in range(blocks.shape[0])]
         self.sizes = [h * len(c) for h, c in zip(self.heights, self.columns, strict=True)]
-        self.count = sum(self.sizes)
+        super().__init__(shape, sum(self.sizes))
+
+    def units(self) -> Tensor:
+        return self.blocks
 
     def _rows(self) -> Iterator[tuple[int, int, int, Tensor]]:
         offset = 0
@@ -215,7 +253,7 @@ class BlockLayout(Layout):
         matrix[row : row + len(values)].index_copy_(1, columns, values)
 
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        out = torch.empty(self.count, dtype=torch.float32, device=left.device)
+        out = self.memory.empty(self.count, left.device)
         for offset, row, height, columns in self._rows():
             product = left[:, row : row + height].T @ right.index_select(1, columns)
             out[offset : offset + product.numel()] = product.view(-1)

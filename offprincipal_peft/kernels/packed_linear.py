@@ -74,7 +74,7 @@ class _PackedLinear(torch.autograd.Function):
         out = _dense_forward(x, weight, bias, transposed)
         if delta.requires_grad:
             needed = layout.needed_left(flat) if transposed else layout.needed_right(flat)
-            ctx.save_for_backward(needed, delta)
+            ctx.save_for_backward(needed)
         # Not saved through autograd: the same values are written into it again before every forward.
         ctx.weight, ctx.layout, ctx.transposed, ctx.before_backward = (
             weight.detach(),
@@ -83,18 +83,24 @@ class _PackedLinear(torch.autograd.Function):
             before_backward,
         )
         ctx.x_shape = x.shape
+        ctx.delta, ctx.version = delta.detach(), delta._version  # shares the parameter's version counter
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].reshape(-1, grads[0].shape[-1])  # (tokens, d_out)
         grad_x = grad_delta = None
-        needed = ctx.saved_tensors[0] if ctx.saved_tensors else None  # raises where delta was written in place
+        if ctx.delta._version != ctx.version:
+            raise RuntimeError(
+                "the packed parameter was modified in place between a forward and its backward, which needs the "
+                "weights of that forward; run backward() before the optimiser's step"
+            )
         if ctx.before_backward is not None:
             ctx.before_backward()
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ (ctx.weight.T if ctx.transposed else ctx.weight)).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
+            (needed,) = ctx.saved_tensors
             if ctx.transposed:
                 grad_delta = ctx.layout.gradient(needed, ctx.layout.needed_right(grad))
             else:

@@ -210,5 +210,5 @@ def test_the_comparison_sees_a_wrong_entry() -> None:
     layout = _layout((600, 40), "element")
     assert isinstance(layout, ElementLayout)
     x, grad = torch.randn(33, 40), torch.randn(33, 600)
-    wrong = ElementLayout((600, 40), (layout.indices + 1).clamp_max(600 * 40 - 1))
+    wrong = ElementLayout((600, 40), (layout.mask().view(-1).nonzero().squeeze(1).int() + 1).clamp_max(600 * 40 - 1))
     assert relative_error(wrong.gradient(grad, x), layout.gradient(grad, x)) > 0.5

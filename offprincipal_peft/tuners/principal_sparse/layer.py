@@ -7,6 +7,7 @@ or ``generate`` of the PEFT model), because no trace of a write to a parameter c
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -54,6 +55,14 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
+    @property
+    def in_features(self) -> int:
+        return int(self.stored_matrix().shape[0 if self.transposed else 1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.stored_matrix().shape[1 if self.transposed else 0])
+
     # -- adapters -------------------------------------------------------------------------------------------------
 
     def update_layer(
@@ -89,7 +98,7 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
             same = other.mask == config.mask and other.mask_options() == config.mask_options()
             plan = self.delta(adapter).plan
             if same and plan is not None:
-                return MaskPlan(plan.layout, plan.packed, plan.base, plan.reports)
+                return dataclasses.replace(plan)
         return None
 
     def new_plan(self, config: PrincipalSparseConfig, *, compare_with_exact: bool) -> MaskPlan:

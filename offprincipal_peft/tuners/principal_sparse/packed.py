@@ -176,9 +176,10 @@ class PackedDelta(nn.Module, PackedMaster):
         layer = self.owner[0]
         for other in layer.packed():
             same = other is not self and other.precision == "split" and other.count == self.count
-            if same and torch.equal(other._low(), self._low()) and torch.equal(other.packed_mask, self.packed_mask):
+            if same and torch.equal(other._low(), self._low()) and torch.equal(other.entries(), self.entries()):
                 layer.restore()
-                self.install(MaskPlan(self.layout, self.packed_mask, self.plan.base), other.values())  # type: ignore
+                assert self.plan is not None
+                self.install(self.plan, other.values())
                 return
         raise RuntimeError(
             f"{layer.name}: the parameter of adapter {self.adapter!r} was written from outside. With "
@@ -188,10 +189,9 @@ class PackedDelta(nn.Module, PackedMaster):
 
     # -- moving and storing -----------------------------------------------------------------------------------------
 
-    @property
-    def packed_mask(self) -> Tensor:
+    def entries(self) -> Tensor:
         assert self.plan is not None
-        return self.plan.packed
+        return self.plan.packed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDelta:
         """Move with the model, but keep the dtype; the stash follows the base weight's dtype, as its entries do."""
@@ -224,12 +224,13 @@ class PackedDelta(nn.Module, PackedMaster):
             empty = torch.empty(0)
             return {key: empty, "entries": empty, "base": empty}
         value = self.weight if key == "weight" else self.values()
-        return {key: value, "entries": self.plan.packed, "base": self.plan.base}
+        return {key: value, "entries": self.plan.packed(), "base": self.plan.base}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         """Nothing to do: the layer has checked and installed what there is (see its ``_load_from_state_dict``)."""
-        missing += [prefix + key for key in self.stored() if prefix + key not in state_dict]
+        keys = ("master" if self.precision == "split" else "weight", "entries", "base")
+        missing += [prefix + key for key in keys if prefix + key not in state_dict]
         if strict:
-            rest[0].extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in self.stored())
+            rest[0].extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in keys)

@@ -22,9 +22,14 @@ class MaskPlan:
     """A mask as a layer needs it."""
 
     layout: Layout  # of the weight as it is stored
-    packed: Tensor  # the units as they are saved
     base: Tensor  # fingerprint of the base weight, uint8 (16,)
     reports: list[MatchReport | OverlapReport] = field(default_factory=list)
+    transposed: bool = False  # the weight is stored (d_in, d_out)
+
+    def packed(self) -> Tensor:
+        """The mask's units as they are saved, in (d_out, d_in) orientation; made when asked for, to hold no copy."""
+        units = self.layout.units()
+        return pack_units(units.T if self.transposed and units.dim() == 2 else units).cpu()
 
 
 def plan_mask(
@@ -44,7 +49,7 @@ def plan_mask(
         stored_units = units.T.contiguous() if units.dim() == 2 else units
     shape = (weight.shape[0], weight.shape[1])
     layout = layout_of(stored_units, shape, stored_structure, side=BLOCK)
-    return MaskPlan(layout, pack_units(units).cpu(), fingerprint(weight) if base is None else base.cpu(), reports or [])
+    return MaskPlan(layout, fingerprint(weight) if base is None else base.cpu(), reports or [], transposed)
 
 
 def unit_shape(shape: tuple[int, int], structure: str) -> tuple[int, ...]:
