@@ -80,8 +80,7 @@ class PrincipalSparseModel(BaseTuner):
         self._pending.pop(adapter_name, None)
         if values_follow:
             self._pending[adapter_name] = PendingStarts(adapter_name, set(targets))
-        else:
-            self._plans = _plans(config, targets)
+        self._plans = _plans(config, targets, known_only=values_follow)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
@@ -196,12 +195,17 @@ class PrincipalSparseModel(BaseTuner):
 # -- planning: which entries, before the model is touched -----------------------------------------------------------
 
 
-def _plans(config: PrincipalSparseConfig, targets: dict[str, nn.Module]) -> dict[str, MaskPlan]:
-    """Every layer's mask: another adapter's where it has the same one, else evaluated on the base's own weight."""
+def _plans(config: PrincipalSparseConfig, targets: dict[str, nn.Module], *, known_only: bool) -> dict[str, MaskPlan]:
+    """Every layer's mask: another adapter's where it has the same one, else evaluated on the base's own weight.
+
+    ``known_only`` leaves out what would have to be evaluated.
+    """
     plans: dict[str, MaskPlan] = {}
     compared: set[tuple[int, ...]] = set()
     for key, module in targets.items():
         known = module.known_plan(config) if isinstance(module, PrincipalSparseLinear) else None
+        if known is None and known_only:
+            continue
         if known is None:
             base = module
             if isinstance(module, PrincipalSparseLinear):
