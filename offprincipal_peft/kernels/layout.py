@@ -3,8 +3,8 @@
 A layout maps packed values (count,) to entries of a dense (rows, columns) matrix: gather, scatter, the entries of a
 gradient ``left.T @ right``, and which columns of ``left`` and ``right`` that gradient needs. Only structure avoids
 work in the gradient: rows, columns and blocks compute their part of the product alone, single entries compute 256-row
-blocks of it and keep what the mask names. ``index_select``, ``index_copy_`` and, for 16-bit values seen as integers,
-``scatter_`` are used throughout, since boolean indexing and ``masked_select`` cost 3 to 300 times as much on CPU.
+blocks of it and keep what the mask names. ``index_select``, ``index_copy_`` and, for single entries, a ``scatter_``
+on all threads are what is fast; boolean indexing and ``masked_select`` cost 3 to 300 times as much on CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .gradient_memory import GradientMemory
+from .scatter import scatter_unique_
 
 ROW_BLOCK = 256  # rows of the product held at once; fewer slow down ten times under contention
 CHUNK = 262_144  # entries converted to int64 at a time: ``index_copy_`` and ``scatter_`` refuse int32
@@ -118,11 +119,7 @@ class ElementLayout(Layout):
         return self._rows(matrix, where[0]).index_select(0, where[1])
 
     def scatter_chunk_(self, matrix: Tensor, where: tuple[int, Tensor], values: Tensor) -> None:
-        flat = self._rows(matrix, where[0])
-        if flat.device.type == "cpu" and flat.element_size() == 2:  # half of ``index_copy_``'s time, a sixth of bf16's
-            flat.view(torch.int16).scatter_(0, where[1], values.view(torch.int16))
-        else:
-            flat.index_copy_(0, where[1], values)
+        scatter_unique_(self._rows(matrix, where[0]), where[1], values)
 
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
         out = self.memory.empty(self.count, left.device)

@@ -34,7 +34,8 @@ def write_sum_(matrix: Tensor, layout: Layout, original: Tensor, delta: Tensor) 
     if delta.shape != (layout.count,):
         raise ValueError(f"the layout has {layout.count} entries, but {tuple(delta.shape)} updates were given")
     for part, where in layout.chunks():
-        layout.scatter_chunk_(matrix, where, (original[part] + delta[part]).to(matrix.dtype))
+        total = original[part].to(delta.dtype) + delta[part]  # converted first: a mixed sum is three times slower
+        layout.scatter_chunk_(matrix, where, total.to(matrix.dtype))
 
 
 @torch.no_grad()
