@@ -62,6 +62,66 @@ def start_table() -> list[str]:
     return lines
 
 
+MASKED = {
+    "ours element": "entries",
+    "ours element split": "entries, split",
+    "ours row": "rows",
+    "ours column": "columns",
+    "ours block": "blocks",
+    "PEFT SHiRA": "SHiRA",
+    "PEFT Super-Tuning": "Super-Tuning",
+    "PEFT LoRA r16": "LoRA r16",
+    "floor": "frozen layer",
+}
+
+
+def masked_step_table(result: dict[str, Any]) -> list[str]:
+    """Every density of the first shape, and the middle density of the others."""
+    cases = result["cases"]
+    first, densities = cases[0]["shape"], sorted({case["density"] for case in cases})
+    middle = densities[len(densities) // 2]
+    lines = ["| masked step / full fine-tuning, fused bf16 AdamW | " + " | ".join(MASKED.values()) + " |"]
+    lines.append("|---" * (len(MASKED) + 1) + "|")
+    for case in cases:
+        if case["shape"] == first or case["density"] == middle:
+            cells = [interval(case["methods"][name]) for name in MASKED]
+            lines.append(f"| {case['shape'].replace('x', ' × ')}, {case['density']:g} % | {' | '.join(cells)} |")
+    return lines
+
+
+def masked_memory_table(result: dict[str, Any]) -> list[str]:
+    """What stays between steps and what a step adds at its peak, in units of the weight's bytes, at the first shape."""
+    names = {"dense bf16": "full, bf16", "dense fp32 master": "full, fp32 master", **MASKED}
+    shape = result["cases"][0]["shape"]
+    lines = [f"| {shape.replace('x', ' × ')}: kept + transient, in weights | " + " | ".join(names.values()) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for case in (case for case in result["cases"] if case["shape"] == shape):
+        cells = [f"{row['state']:.2f} + {row['transient']:.2f}" for row in (case["methods"][name] for name in names)]
+        lines.append(f"| {case['density']:g} % | {' | '.join(cells)} |")
+    return lines
+
+
+def masked_update_table(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| update alone / its DRAM floor | fp32 delta | split, bf16 moments | bandwidth, GB/s |",
+        "|---|---|---|---|",
+    ]
+    for case in result["update"]:
+        cells = [interval(case["methods"][name]["over_floor"]) for name in ("packed fp32", "split, bf16 moments")]
+        speed = case["gigabytes_per_s"]["add in place"]
+        lines.append(
+            f"| {case['shape'].replace('x', ' × ')}, {case['density']:g} % | {' | '.join(cells)} | {speed:.1f} |"
+        )
+    return lines
+
+
+def masked_tables() -> list[list[str]]:
+    if not (RESULTS / "masked_update.json").exists():
+        return []
+    result = load("masked_update")
+    return [masked_step_table(result), masked_memory_table(result), masked_update_table(result)]
+
+
 def section() -> str:
     env = load("adapter_step")["environment"]
     head = (
@@ -70,7 +130,7 @@ def section() -> str:
         "are in `benchmarks/results/`, `make tables` renders this section from them, and the same scripts run with "
         "`--device cuda`."
     )
-    blocks = [[head], step_table(), generation_table(), start_table()]
+    blocks = [[head], step_table(), generation_table(), start_table(), *masked_tables()]
     return f"{BEGIN}\n\n" + "\n\n".join("\n".join(block) for block in blocks) + f"\n\n{END}"
 
 

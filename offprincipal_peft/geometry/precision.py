@@ -22,17 +22,16 @@ def split_master(value: Tensor) -> tuple[Tensor, Tensor]:  # fp32, any shape -> 
     if value.dtype != torch.float32:
         raise TypeError(f"a split master is made of a float32 value, got {value.dtype}")
     bits = value.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    low = (bits - (high << 16)).to(torch.int16)
-    return high.to(torch.int16).view(torch.bfloat16), low
+    high = bits.add(0x8000).bitwise_right_shift_(16).to(torch.int16)
+    return high.view(torch.bfloat16), bits.to(torch.int16)  # the low 16 bits, as a signed number: bits - (high << 16)
 
 
 def join_master(high: Tensor, low: Tensor) -> Tensor:  # bf16 and int16, same shape -> fp32
     """The fp32 value that :func:`split_master` took apart, bit for bit."""
     if high.dtype != torch.bfloat16 or low.dtype != torch.int16:
         raise TypeError(f"a split master is a bfloat16 weight and an int16 low half, got {high.dtype} and {low.dtype}")
-    bits = (high.view(torch.int16).to(torch.int32) << 16) + low
-    return bits.view(torch.float32)
+    bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(low.to(torch.int32)).view(torch.float32)  # converted first: a mixed sum is three times slower
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator | None = None) -> Tensor:  # fp32 -> bf16

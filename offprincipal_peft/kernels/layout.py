@@ -21,7 +21,7 @@ from .gradient_memory import GradientMemory
 from .scatter import scatter_unique_
 
 ROW_BLOCK = 256  # rows of the product held at once; fewer slow down ten times under contention
-CHUNK = 262_144  # entries converted to int64 at a time: ``index_copy_`` and ``scatter_`` refuse int32
+CHUNK = 524_288  # entries converted to int64 at a time: ``index_copy_`` and ``scatter_`` refuse int32
 
 
 class Layout(ABC):
@@ -48,7 +48,10 @@ class Layout(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[tuple[slice, tuple[int, Tensor]]]:
-        """Slices of the packed values with the (dimension, int64 index) that :meth:`scatter_chunk_` takes."""
+        """Slices of the packed values with what :meth:`gather_chunk` and :meth:`scatter_chunk_` take.
+
+        The index lives in one buffer that the next chunk overwrites: use a chunk before asking for the next.
+        """
 
     @abstractmethod
     def scatter_chunk_(self, matrix: Tensor, where: tuple[int, Tensor], values: Tensor) -> None:
@@ -85,57 +88,53 @@ class Layout(ABC):
 
 
 class ElementLayout(Layout):
-    """Single entries, by sorted row-major positions, counted from the start of their block of rows."""
+    """Single entries, by sorted row-major positions."""
 
-    def __init__(self, shape: tuple[int, int], indices: Tensor) -> None:  # indices (count,) int32, in the matrix
+    def __init__(self, shape: tuple[int, int], indices: Tensor) -> None:  # indices (count,) int32
         super().__init__(shape, indices.numel())
-        self.offsets = torch.empty_like(indices)  # int32, in the block of rows
+        self.indices = indices
         edges = torch.arange(0, shape[0] + ROW_BLOCK, ROW_BLOCK).clamp_max(shape[0]) * shape[1]
-        bounds = torch.searchsorted(indices, edges.to(indices.device), out_int32=False).tolist()
-        self.blocks: list[tuple[int, int, int]] = []  # first row, and its first and last + 1 packed entry
-        for block, (low, high) in enumerate(itertools.pairwise(bounds)):
-            if low < high:
-                first = block * ROW_BLOCK
-                torch.sub(indices[low:high], first * shape[1], out=self.offsets[low:high])
-                self.blocks.append((first, low, high))
+        self.bounds: list[int] = torch.searchsorted(indices, edges.to(indices.device)).tolist()
 
     def units(self) -> Tensor:
-        return self.mask(self.offsets.device)
-
-    def _rows(self, matrix: Tensor, first: int) -> Tensor:
-        return matrix[first : first + ROW_BLOCK].view(-1)
+        return self.mask(self.indices.device)
 
     def gather(self, matrix: Tensor) -> Tensor:
-        out = torch.empty(self.count, dtype=matrix.dtype, device=matrix.device)
-        for first, low, high in self.blocks:
-            torch.index_select(self._rows(matrix, first), 0, self.offsets[low:high], out=out[low:high])
-        return out
+        return matrix.view(-1).index_select(0, self.indices)
 
     def chunks(self) -> Iterator[tuple[slice, tuple[int, Tensor]]]:
-        for first, low, high in self.blocks:
-            yield slice(low, high), (first, self.offsets[low:high].to(torch.int64))
+        positions = torch.empty(min(CHUNK, self.count), dtype=torch.int64, device=self.indices.device)
+        for start in range(0, self.count, CHUNK):
+            part = slice(start, min(start + CHUNK, self.count))
+            yield part, (0, positions[: part.stop - start].copy_(self.indices[part]))
 
     def gather_chunk(self, matrix: Tensor, where: tuple[int, Tensor], count: int) -> Tensor:
-        return self._rows(matrix, where[0]).index_select(0, where[1])
+        return matrix.view(-1).index_select(0, where[1])
 
     def scatter_chunk_(self, matrix: Tensor, where: tuple[int, Tensor], values: Tensor) -> None:
-        scatter_unique_(self._rows(matrix, where[0]), where[1], values)
+        scatter_unique_(matrix.view(-1), where[1], values)
 
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
         out = self.memory.empty(self.count, left.device)
-        for first, low, high in self.blocks:
+        most = max(high - low for low, high in itertools.pairwise(self.bounds))
+        inside = torch.empty(most, dtype=torch.int32, device=left.device)
+        for block, (low, high) in enumerate(itertools.pairwise(self.bounds)):
+            if low == high:
+                continue
+            first = block * ROW_BLOCK
             product = left[:, first : first + ROW_BLOCK].T @ right  # (256, columns)
-            out[low:high] = product.view(-1).index_select(0, self.offsets[low:high])
+            positions = torch.sub(self.indices[low:high], first * self.shape[1], out=inside[: high - low])
+            out[low:high] = product.view(-1).index_select(0, positions)
         return out
 
     def index_bytes(self) -> int:
-        return self.offsets.numel() * self.offsets.element_size()
+        return self.indices.numel() * self.indices.element_size()
 
     def to(self, device: torch.device) -> ElementLayout:
-        if self.offsets.device == device:
+        if self.indices.device == device:
             return self
         moved = copy.copy(self)
-        moved.offsets = self.offsets.to(device)
+        moved.indices = self.indices.to(device)
         return moved
 
 

@@ -33,9 +33,13 @@ def write_sum_(matrix: Tensor, layout: Layout, original: Tensor, delta: Tensor) 
     _check(matrix, layout, original)
     if delta.shape != (layout.count,):
         raise ValueError(f"the layout has {layout.count} entries, but {tuple(delta.shape)} updates were given")
+    wide, rounded = delta.new_empty(0), matrix.new_empty(0)
     for part, where in layout.chunks():
-        total = original[part].to(delta.dtype) + delta[part]  # converted first: a mixed sum is three times slower
-        layout.scatter_chunk_(matrix, where, total.to(matrix.dtype))
+        size = part.stop - part.start
+        if wide.numel() < size:  # fresh memory for each chunk would double the time
+            wide, rounded = delta.new_empty(size), matrix.new_empty(size)
+        total = wide[:size].copy_(original[part]).add_(delta[part])  # converted first: mixed sums are slow
+        layout.scatter_chunk_(matrix, where, rounded[:size].copy_(total))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def scatter_unique_(flat: Tensor, positions: Tensor, values: Tensor) -> None:
 
     Args:
         flat: (n,) contiguous, of 16 or 32 bits where on a CPU.
-        positions: (count,) int64, strictly increasing.
+        positions: (count,) int64, strictly increasing, contiguous; changed while this runs, the same afterwards.
         values: (count,) of the vector's dtype. Bits are copied: NaN payloads survive.
     """
     integer = _INTEGERS.get(flat.element_size())
@@ -33,8 +33,12 @@ def scatter_unique_(flat: Tensor, positions: Tensor, values: Tensor) -> None:
     if rows > 1:
         width = positions.numel() // rows
         done = rows * width
-        from_row = positions[:done].view(rows, width) - torch.arange(rows)[:, None]
+        from_row = positions[:done].view(rows, width)
+        for row in range(1, rows):
+            from_row[row] -= row
         shifted = flat.as_strided((rows, flat.numel() - rows + 1), (1, 1), flat.storage_offset())
         shifted.scatter_(1, from_row, values[:done].view(rows, width))
+        for row in range(1, rows):
+            from_row[row] += row
     if done < positions.numel():
         flat.scatter_(0, positions[done:], values[done:])

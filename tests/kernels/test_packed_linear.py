@@ -162,14 +162,14 @@ def test_write_sum_is_the_rounded_sum_on_the_mask_and_nothing_elsewhere(structur
 
 
 def test_more_entries_than_a_chunk_and_rows_than_a_block() -> None:
-    shape = (700, 600)
+    shape = (1000, 800)
     layout = _layout(shape, "element", density=0.7)
     assert layout.count > CHUNK
     matrix = torch.randn(shape)
     copy = torch.zeros(shape)
     layout.scatter_(copy, layout.gather(matrix))
     assert torch.equal(copy, matrix * layout.mask())
-    x, grad = torch.randn(9, 600), torch.randn(9, 700)
+    x, grad = torch.randn(9, 800), torch.randn(9, 1000)
     torch.testing.assert_close(layout.gradient(grad, x), layout.gather(grad.T @ x))
 
 
