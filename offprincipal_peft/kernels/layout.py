@@ -216,6 +216,7 @@ class BlockLayout(Layout):
 
     def __init__(self, shape: tuple[int, int], blocks: Tensor, side: int) -> None:  # blocks (grid) bool
         self.blocks, self.side = blocks, side
+        self.groups: list[tuple[slice, Tensor | None, list[tuple[int, int, int, Tensor]]]] | None = None
         expanded = blocks.repeat_interleave(side, 1)[:, : shape[1]]
         self.columns = [row.nonzero().squeeze(1) for row in expanded]  # int64 per block row
         self.heights = [min(side, shape[0] - i * side) for i in range(blocks.shape[0])]
@@ -248,11 +249,37 @@ class BlockLayout(Layout):
         values = values.view(-1, len(columns))
         matrix[row : row + len(values)].index_copy_(1, columns, values)
 
+    def _groups(self) -> Iterator[tuple[slice, Tensor | None, list[tuple[int, int, int, Tensor]]]]:
+        """Block rows that are multiplied together: rows, the columns any of them uses (None: most), the members.
+
+        A member is (offset, first row in the group, height, columns among the group's).
+        """
+        together = max(1, ROW_BLOCK // self.side)
+        members = list(self._rows())
+        for first in range(0, self.shape[0], together * self.side):
+            inside = [m for m in members if first <= m[1] < first + together * self.side]
+            if not inside:
+                continue
+            used = torch.zeros(self.shape[1], dtype=torch.bool, device=self.blocks.device)
+            for *_, columns in inside:
+                used[columns] = True
+            rows = slice(first, min(first + together * self.side, self.shape[0]))
+            if float(used.float().mean()) > 0.75:
+                yield rows, None, [(o, r - first, h, c) for o, r, h, c in inside]
+            else:
+                place = used.cumsum(0) - 1
+                union = used.nonzero().squeeze(1)
+                yield rows, union, [(o, r - first, h, place[c]) for o, r, h, c in inside]
+
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.groups is None:
+            self.groups = list(self._groups())
         out = self.memory.empty(self.count, left.device)
-        for offset, row, height, columns in self._rows():
-            product = left[:, row : row + height].T @ right.index_select(1, columns)
-            out[offset : offset + product.numel()] = product.view(-1)
+        for rows, union, members in self.groups:
+            product = left[:, rows].T @ (right if union is None else right.index_select(1, union))
+            for offset, first, height, columns in members:
+                part = product[first : first + height].index_select(1, columns)
+                out[offset : offset + part.numel()] = part.view(-1)
         return out
 
     def index_bytes(self) -> int:

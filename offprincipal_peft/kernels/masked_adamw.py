@@ -130,6 +130,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                     self.state[parameter][key] = moment.detach().to(parameter.device, copy=True)
 
 
+_LANES = 16  # fp32 numbers that torch's kernel takes at once; it rounds the few left over differently
+
+
 class _Step:
     """One step's scalars and torch's fused kernel on flat fp32 (or fp64) tensors."""
 
@@ -139,12 +142,11 @@ class _Step:
 
     def __call__(self, value: Tensor, grad: Tensor, moments: list[Tensor], weight_decay: float = 0.0) -> None:
         beta1, beta2 = self.group["betas"]
-        wide = [m if m.dtype == value.dtype else m.to(value.dtype) for m in moments]
         torch._fused_adamw_(
             [value],
-            [grad.to(value.dtype)],
-            [wide[0]],
-            [wide[1]],
+            [grad],
+            [moments[0]],
+            [moments[1]],
             [],
             [self.number],
             lr=self.lr,
@@ -155,6 +157,19 @@ class _Step:
             amsgrad=False,
             maximize=False,
         )
+
+    def chunk(self, value: Tensor, grad: Tensor, moments: list[Tensor], weight_decay: float = 0.0) -> None:
+        """The same on a chunk, converting where dtypes differ, so that the result does not depend on the chunks."""
+        wide = [m.to(value.dtype) for m in moments]
+        grad = grad.to(value.dtype)
+        whole = value.numel() // _LANES * _LANES
+        if whole:
+            self(value[:whole], grad[:whole], [m[:whole] for m in wide], weight_decay)
+        if whole < value.numel():
+            rest = [torch.nn.functional.pad(t[whole:], (0, _LANES)) for t in (value, grad, *wide)]
+            self(rest[0], rest[1], rest[2:], weight_decay)
+            for target, padded in zip((value, *wide), (rest[0], *rest[2:]), strict=True):
+                target[whole:] = padded[: value.numel() - whole]
         for stored, new in zip(moments, wide, strict=True):
             if stored is not new:
                 stored.copy_(new)
@@ -162,7 +177,7 @@ class _Step:
     def decay(self, value: Tensor, original: Tensor) -> None:
         """In place: pull ``value`` towards ``original``, by the decay that AdamW would apply to their difference."""
         if self.weight_decay:
-            value.sub_(value - original, alpha=self.lr * self.weight_decay)
+            value.sub_((value - original).mul_(self.lr * self.weight_decay))  # two roundings, the same in every lane
 
 
 def _step_plain(value: Tensor, grad: Tensor, moments: list[Tensor], step: _Step) -> None:
@@ -172,14 +187,14 @@ def _step_plain(value: Tensor, grad: Tensor, moments: list[Tensor], step: _Step)
         return
     if not value.is_contiguous():
         wide = value.to(torch.promote_types(value.dtype, torch.float32), memory_format=torch.contiguous_format)
-        step(wide, grad, [m.view(value.shape) for m in moments], step.weight_decay)
+        step.chunk(wide.view(-1), grad.reshape(-1), moments, step.weight_decay)
         value.copy_(wide)
         return
     flat, gradient = value.view(-1), grad.view(-1)
     for start in range(0, flat.numel(), CHUNK):
         part = slice(start, start + CHUNK)
         wide = flat[part].to(torch.promote_types(value.dtype, torch.float32))
-        step(wide, gradient[part], [m[part] for m in moments], step.weight_decay)
+        step.chunk(wide, gradient[part], [m[part] for m in moments], step.weight_decay)
         if wide.data_ptr() != flat[part].data_ptr():
             flat[part].copy_(wide)
 
@@ -194,7 +209,7 @@ def _step_split(
         value = join_master(high, low[part])
         if original is not None:
             step.decay(value, original[part].float())
-        step(value, grad[part], [m[part] for m in moments])
+        step.chunk(value, grad[part], [m[part] for m in moments])
         high, new_low = split_master(value)
         layout.scatter_chunk_(matrix, where, high)
         low[part] = new_low
@@ -214,5 +229,5 @@ def _step_rounded(
         value = values[part].float()
         if original is not None:
             step.decay(value, original[part].float())
-        step(value, grad[part], [m[part] for m in moments])
+        step.chunk(value, grad[part], [m[part] for m in moments])
         values[part] = value.to(torch.bfloat16) if generator is None else round_stochastically(value, generator)
