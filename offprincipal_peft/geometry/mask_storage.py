@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-_WORDS = 1 << 20  # 64-bit words summed at a time
+_WORDS = 1 << 17  # 64-bit words summed at a time
 
 
 def pack_units(units: Tensor) -> Tensor:  # (...) bool -> uint8 (ceil(n / 8),) or int32 (count,)
@@ -81,22 +81,29 @@ def _from_positions(packed: Tensor, total: int) -> Tensor:
 def fingerprint(weight: Tensor) -> Tensor:  # (rows, columns), any dtype -> uint8 (16,)
     """Sixteen bytes that change with any entry of a matrix, its shape or its dtype; the same on every device.
 
-    The matrix's 64-bit words are summed with fixed odd weights modulo 2^64, a million at a time, and BLAKE2b is taken
-    of the sums: one pass at memory speed. A change of one word always changes its sum, other changes miss with a
-    chance of 2^-64. It tells weights apart; it is no protection against someone who builds a collision.
+    The matrix's 64-bit words are multiplied by an odd number of their place, their halves mixed, multiplied again and
+    summed modulo 2^64, a part at a time, and BLAKE2b is taken of the sums: a few passes in the cache. (One product and
+    a sum alone would not see two changed signs, since the highest bit times any odd number is the highest bit.) A
+    change of one word always shows, others are missed with a chance of 2^-64. It tells weights apart; it is no
+    protection against someone who builds a collision.
     """
     digest = hashlib.blake2b(f"{weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
     raw = weight.detach().contiguous().view(-1).view(torch.uint8)
+    if raw.storage_offset() % 8:
+        raw = raw.clone()  # words start at multiples of their size
     whole = raw.numel() // 8 * 8
     words, rest = raw[:whole].view(torch.int64), raw[whole:]
-    odd = _odd_weights(weight.device) if words.numel() else words
+    first, second = _odd_weights(weight.device)
     for part in words.split(_WORDS):
-        digest.update(int((part * odd[: part.numel()]).sum()).to_bytes(8, "little", signed=True))
+        mixed = part * first[: part.numel()]
+        mixed ^= mixed >> 32
+        mixed *= second[: part.numel()]
+        digest.update(int(mixed.sum()).to_bytes(8, "little", signed=True))
     digest.update(bytes(rest.tolist()))
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def _odd_weights(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(1 << 62), 1 << 62, (_WORDS,), generator=generator, dtype=torch.int64)
+    weights = torch.randint(-(1 << 62), 1 << 62, (2, _WORDS), generator=generator, dtype=torch.int64)
     return (2 * weights + 1).to(device)

@@ -7,6 +7,7 @@ update, the distance from the base weight, never on the weight itself.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -54,15 +55,27 @@ class MaskedAdamW(torch.optim.Optimizer):
         moments: Literal["fp32", "bf16"] = "fp32",
         seed: int = 0,
     ) -> None:
-        if moments not in _MOMENTS:
-            raise ValueError(f"moments must be 'fp32' or 'bf16', got {moments!r}")
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
-                f"lr, eps and weight_decay must not be negative and betas must lie in [0, 1), got lr={lr}, eps={eps}, "
-                f"weight_decay={weight_decay}, betas={betas}"
-            )
-        self.moments, self.seed = moments, seed
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "moments": moments,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, with every group's own options checked."""
+        options = {**self.defaults, **param_group}
+        if options["moments"] not in _MOMENTS:
+            raise ValueError(f"moments must be 'fp32' or 'bf16', got {options['moments']!r}")
+        for name in ("lr", "eps", "weight_decay"):
+            if not options[name] >= 0:
+                raise ValueError(f"{name} must not be negative, got {options[name]}")
+        if not all(0 <= beta < 1 for beta in options["betas"]):
+            raise ValueError(f"betas must lie in [0, 1), got {options['betas']}")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -87,7 +100,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         matrix = master.current() if master is not None and master.precision == "split" else None
         state = self.state[parameter]
         if not state:
-            dtype = _MOMENTS[self.moments] if parameter.dtype != torch.float64 else torch.float64
+            dtype = _MOMENTS[group["moments"]] if parameter.dtype != torch.float64 else torch.float64
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
             state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
@@ -102,25 +115,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         else:
             generator = None
             if master.precision == "bf16-stochastic":
-                generator = torch.Generator(parameter.device)
-                generator.manual_seed(((self.seed * 1_000_003 + position) << 24) + int(state["step"]))
+                generator = _generator(parameter.device, f"{group['seed']}/{position}/{int(state['step'])}")
             _step_rounded(master, flat[0], flat[1], moments, step, generator)
+        torch.autograd.graph.increment_version(parameter)  # the fused kernel does not
         if master is not None:
             master.stepped()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "moments": self.moments, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but moments keep the dtype they were saved in, where torch casts them to the parameter's.
 
         Raises ``ValueError`` where they were saved in another precision than this optimiser keeps.
         """
-        saved = state_dict.get("moments", self.moments)
-        if saved != self.moments:
-            raise ValueError(f"the saved state has {saved} moments, this optimiser was made with {self.moments}")
-        self.seed = state_dict.get("seed", self.seed)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("moments", "seed")})
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            kept = saved.get("moments", group["moments"])
+            if kept != group["moments"]:
+                raise ValueError(f"the saved state has {kept} moments, this optimiser was made with {group['moments']}")
+        super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -128,6 +138,12 @@ class MaskedAdamW(torch.optim.Optimizer):
                 if number in state_dict["state"]:
                     moment = state_dict["state"][number][key]
                     self.state[parameter][key] = moment.detach().to(parameter.device, copy=True)
+
+
+def _generator(device: torch.device, what: str) -> torch.Generator:
+    """Seeded by a hash, of which the low 32 bits are all that a CPU generator takes."""
+    digest = hashlib.blake2b(what.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 _LANES = 16  # fp32 numbers that torch's kernel takes at once; it rounds the few left over differently
@@ -139,6 +155,14 @@ class _Step:
     def __init__(self, group: dict[str, Any], number: Tensor) -> None:
         self.group, self.number = group, number
         self.lr, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
+        self._scratch: dict[int, Tensor] = {}
+
+    def scratch(self, key: int, like: Tensor) -> Tensor:
+        """Memory in the size and dtype of ``like``, the same for every chunk: fresh memory would double the time."""
+        held = self._scratch.get(key)
+        if held is None or held.numel() < like.numel():
+            held = self._scratch[key] = torch.empty_like(like)
+        return held[: like.numel()]
 
     def __call__(self, value: Tensor, grad: Tensor, moments: list[Tensor], weight_decay: float = 0.0) -> None:
         beta1, beta2 = self.group["betas"]
@@ -160,7 +184,7 @@ class _Step:
 
     def chunk(self, value: Tensor, grad: Tensor, moments: list[Tensor], weight_decay: float = 0.0) -> None:
         """The same on a chunk, converting where dtypes differ, so that the result does not depend on the chunks."""
-        wide = [m.to(value.dtype) for m in moments]
+        wide = [m if m.dtype == value.dtype else self.scratch(i, value).copy_(m) for i, m in enumerate(moments)]
         grad = grad.to(value.dtype)
         whole = value.numel() // _LANES * _LANES
         if whole:
@@ -186,7 +210,7 @@ def _step_plain(value: Tensor, grad: Tensor, moments: list[Tensor], step: _Step)
         step(value, grad, [m.view(value.shape) for m in moments], step.weight_decay)
         return
     if not value.is_contiguous():
-        wide = value.to(torch.promote_types(value.dtype, torch.float32), memory_format=torch.contiguous_format)
+        wide = value.contiguous().to(torch.promote_types(value.dtype, torch.float32))
         step.chunk(wide.view(-1), grad.reshape(-1), moments, step.weight_decay)
         value.copy_(wide)
         return
@@ -206,11 +230,11 @@ def _step_split(
     original = master.original() if step.weight_decay else None
     for part, where in layout.chunks():
         high = layout.gather_chunk(matrix, where, part.stop - part.start)
-        value = join_master(high, low[part])
+        value = join_master(high, low[part], out=step.scratch(2, grad[part]))
         if original is not None:
             step.decay(value, original[part].float())
         step.chunk(value, grad[part], [m[part] for m in moments])
-        high, new_low = split_master(value)
+        high, new_low = split_master(value, consume=True)
         layout.scatter_chunk_(matrix, where, high)
         low[part] = new_low
 

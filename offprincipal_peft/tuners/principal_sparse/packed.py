@@ -147,7 +147,8 @@ class PackedDelta(nn.Module, PackedMaster):
     def leave(self, matrix: Tensor) -> None:
         """Put the original entries back, bit for bit."""
         assert self.stash is not None
-        values = self.layout.gather(matrix) if self.precision == "split" else None
+        # bf16 though the model may have been cast since: these are values that bf16 held
+        values = self.layout.gather(matrix).to(torch.bfloat16) if self.precision == "split" else None
         write_values_(matrix, self.layout, self.stash)
         self.stash = values
 
