@@ -1,18 +1,23 @@
 """Masks against brute force: exact counts, deterministic ties, structures, the magnitude-matched pair."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from offprincipal_peft.geometry import masks
 from offprincipal_peft.geometry.masks import (
     BLOCK,
     Mask,
     MaskOptions,
+    OverlapReport,
     Structure,
     build_mask,
     expand_units,
     ks_distance,
     principal_score,
+    randomized_principal_score,
     unit_means,
 )
 from offprincipal_peft.geometry.selection import select
@@ -212,3 +217,94 @@ def test_ks_distance_of_known_samples() -> None:
     assert ks_distance(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.5, 3.5])) == 0.5
     with pytest.raises(ValueError, match="empty"):
         ks_distance(torch.empty(0), torch.ones(1))
+
+
+SPECTRA = {
+    "power law": (1 + torch.arange(256, dtype=torch.float64)) ** -0.7,
+    "two decades": torch.logspace(0, -2, 256, dtype=torch.float64),
+    "Gaussian": None,
+}
+
+
+def _of_spectrum(name: str) -> Tensor:
+    gauss = torch.randn(256, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(gauss)
+    spectrum = SPECTRA[name]
+    return (0.1 * (U * (S / S[0] if spectrum is None else spectrum)) @ Vh).float()
+
+
+class TestRandomizedPrincipal:
+    RANDOMIZED = MaskOptions(principal_rank=16, principal_method="randomized")
+
+    # the error of the score and the mask's overlap, both as seen: 3e-4 and 0.9999, 0.009 and 0.993, 0.21 and 0.79
+    @pytest.mark.parametrize(
+        ("spectrum", "error", "low", "high"),
+        [("power law", 1e-3, 0.999, 1.0), ("two decades", 0.02, 0.985, 0.9999), ("Gaussian", 0.3, 0.7, 0.9)],
+    )
+    def test_as_close_as_the_spectrum_decays(self, spectrum: str, error: float, low: float, high: float) -> None:
+        weight = _of_spectrum(spectrum)
+        exact, found = principal_score(weight, 16), randomized_principal_score(weight, 16)
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm() / exact.norm()) <= error
+        (report,) = build_mask(weight, "principal", self.RANDOMIZED).reports
+        assert isinstance(report, OverlapReport)
+        assert low <= report.jaccard <= high
+
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    def test_the_report_is_the_overlap_of_the_two_masks(self, structure: Structure) -> None:
+        weight = _of_spectrum("Gaussian")
+        options = MaskOptions(principal_rank=16, principal_density=0.4, structure=structure)
+        found = build_mask(weight, "principal", replace(options, principal_method="randomized"))
+        exact = build_mask(weight, "principal", options)
+        one, other = ({tuple(u) for u in m.units.nonzero().tolist()} for m in (found, exact))
+        assert found.reports == [OverlapReport(16, len(one & other) / len(one | other))]
+        assert exact.reports == []
+        assert len(one) == len(other) == round(0.4 * found.units.numel())
+
+    @pytest.mark.parametrize("shape", [(150, 200), (200, 150)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_exact_at_a_rank_that_the_probes_span(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """2k probes of a matrix of rank k, and as many probes as there are columns."""
+        low_rank = (_weight(shape[0], 7) @ _weight(7, shape[1])).to(torch.float32)
+        torch.testing.assert_close(
+            randomized_principal_score(low_rank, 7), low_rank.abs(), rtol=0, atol=1e-6 * float(low_rank.abs().max())
+        )
+        weight = _weight(*shape, dtype=dtype)
+        all_of_it = randomized_principal_score(weight, 150)
+        torch.testing.assert_close(all_of_it, weight.abs().float(), rtol=0, atol=1e-6)
+
+    def test_without_the_comparison_nothing_is_decomposed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight = _of_spectrum("power law")
+        compared = build_mask(weight, "principal & ~low", self.RANDOMIZED)
+
+        def refuse(*arguments: object, **options: object) -> Tensor:
+            raise AssertionError("decomposed")
+
+        monkeypatch.setattr(masks, "principal_score", refuse)
+        alone = build_mask(weight, "principal & ~low", replace(self.RANDOMIZED, compare_with_exact=False))
+        assert alone.reports == []
+        assert torch.equal(alone.entries, compared.entries)
+        with pytest.raises(AssertionError, match="decomposed"):  # the patch is where the exact score is computed
+            build_mask(weight, "principal & ~low", self.RANDOMIZED)
+
+    def test_the_seed_and_the_layer_decide_and_not_the_global_generator(self) -> None:
+        weight = _of_spectrum("Gaussian")
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = build_mask(weight, "principal", self.RANDOMIZED, name="a").entries
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(2)
+        assert torch.equal(first, build_mask(weight, "principal", self.RANDOMIZED, name="a").entries)
+        assert not torch.equal(first, build_mask(weight, "principal", self.RANDOMIZED, name="b").entries)
+        other = replace(self.RANDOMIZED, seed=1)
+        assert not torch.equal(first, build_mask(weight, "principal", other, name="a").entries)
+
+    def test_refusals(self) -> None:
+        weight = _weight()
+        for k in (0, -1, 151):
+            with pytest.raises(ValueError, match=f"1 to 150 for a \\(150, 200\\) weight, got {k}"):
+                randomized_principal_score(weight, k)
+        with pytest.raises(ValueError, match="principal_method must be 'exact' or 'randomized', got 'quick'"):
+            build_mask(weight, "principal", MaskOptions(principal_method="quick"))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="k = 151, which must lie in 1 to 150"):
+            build_mask(weight, "principal", replace(self.RANDOMIZED, principal_rank=151))

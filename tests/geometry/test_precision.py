@@ -90,7 +90,10 @@ class TestSplitMaster:
         assert wide.tolist() == [32768, 32768, -32768, 1]
         broken = join_master(high, wide.to(torch.int16))
         assert (broken == value).tolist() == [False, False, True, True]
-        assert broken[0].item() == value[0].item() - 2.0**-7  # a whole bf16 step lost
+        assert (value[0].item(), broken[0].item()) == (
+            1 + 2.0**-8,
+            1 - 2.0**-9,
+        )  # the other side of 1: a bf16 step lost
 
     @pytest.mark.parametrize(
         ("bits", "high"),
@@ -136,16 +139,16 @@ class TestSplitMaster:
                 join_master(*arguments)
 
 
-# z of the mean of 100,000 replicas, seed 0, as observed
+# beside each: z of the mean of 100,000 replicas with seed 0, as observed
 VALUES = {
-    "positive": (1.00293, -1.54),
-    "negative": (-0.33379, -0.39),
-    "subnormal": (1.2e-40, -1.57),
-    "negative subnormal": (-3e-41, -2.35),
-    "below a binade's edge": (1.9985, 1.32),
-    "above a binade's edge": (-2.0031, 0.50),
-    "smallest normal": (1.1754943e-38 * (1 - 2**-9), 1.46),
-    "weight": (0.0200123, 0.40),
+    "positive": 1.00293,  # -0.98
+    "negative": -0.33379,  # 1.20
+    "subnormal": 1.2e-40,  # -1.79
+    "negative subnormal": -3e-41,  # 1.76
+    "below a binade's edge": 1.9985,  # -0.01
+    "above a binade's edge": -2.0031,  # 2.67
+    "smallest normal": 1.1754943e-38 * (1 - 2**-9),  # -0.75
+    "weight": 0.0200123,  # 0.64
 }
 
 
@@ -160,18 +163,15 @@ def _z(rounded: Tensor, value: Tensor) -> float:
 class TestStochasticRounding:
     @pytest.mark.parametrize("name", VALUES)
     def test_unbiased_between_the_two_neighbours(self, name: str) -> None:
-        number, observed = VALUES[name]
-        value = torch.tensor(number)
+        value = torch.tensor(VALUES[name])
         rounded = round_stochastically(value.repeat(REPLICAS), torch.Generator().manual_seed(0))
         assert rounded.dtype == torch.bfloat16
         assert set(rounded.double().unique().tolist()) == {x.item() for x in _neighbours(value)}
-        z = _z(rounded, value)
-        assert abs(z) <= 4
-        assert z == pytest.approx(observed, abs=0.01)
+        assert abs(_z(rounded, value)) <= 4
 
     @pytest.mark.parametrize("name", VALUES)
     def test_cutting_and_nearest_rounding_fail_the_same_test(self, name: str) -> None:
-        value = torch.tensor(VALUES[name][0]).repeat(REPLICAS)
+        value = torch.tensor(VALUES[name]).repeat(REPLICAS)
         cut = (value.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
         assert abs(_z(cut, value[0])) > 50  # seen 138 and more
         assert abs(_z(value.to(torch.bfloat16), value[0])) > 50  # seen 138 and more
