@@ -230,10 +230,11 @@ def _step_split(
     original = master.original() if step.weight_decay else None
     for part, where in layout.chunks():
         high = layout.gather_chunk(matrix, where, part.stop - part.start)
-        value = join_master(high, low[part], out=step.scratch(2, grad[part]))
+        gradient = grad[part].to(torch.float32)
+        value = join_master(high, low[part], out=step.scratch(2, gradient))
         if original is not None:
             step.decay(value, original[part].float())
-        step.chunk(value, grad[part], [m[part] for m in moments])
+        step.chunk(value, gradient, [m[part] for m in moments])
         high, new_low = split_master(value, consume=True)
         layout.scatter_chunk_(matrix, where, high)
         low[part] = new_low

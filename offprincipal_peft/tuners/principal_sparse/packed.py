@@ -119,7 +119,7 @@ class PackedDelta(nn.Module, PackedMaster):
             return self.weight.detach()
         high = self.layout.gather(self.owner[0].stored_matrix()) if self.is_written else self.stash
         assert high is not None
-        return join_master(high, self._low())
+        return join_master(high.to(torch.bfloat16), self._low())  # a model that was cast meanwhile holds them wider
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
