@@ -134,10 +134,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            for key in ("exp_avg", "exp_avg_sq"):
-                if number in state_dict["state"]:
-                    moment = state_dict["state"][number][key]
-                    self.state[parameter][key] = moment.detach().to(parameter.device, copy=True)
+            if number in state_dict["state"]:
+                saved = state_dict["state"][number]
+                self.state[parameter]["step"] = saved["step"].detach().clone()
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self.state[parameter][key] = saved[key].detach().to(parameter.device, copy=True)
 
 
 def _generator(device: torch.device, what: str) -> torch.Generator:

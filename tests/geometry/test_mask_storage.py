@@ -96,6 +96,7 @@ BAD = {
     "extremes": (_positions(-(2**31), 2**31 - 1), r"2 mask positions lie outside 0 to 19 \(first: -2147483648\)"),
     "unsorted": (_positions(1, 5, 4), r"mask positions are not sorted: entry 2 is 4 after 5"),
     "duplicated": (_positions(1, 5, 5, 4), r"mask positions are duplicated: entry 2 is 5 after 5"),
+    "duplicated alone": (_positions(1, 5, 5, 6), r"mask positions are duplicated: entry 2 is 5 after 5"),
     "no positions": (_positions(), r"names 0 of 20 units; at least one must be trained and one frozen"),
     "all positions": (_positions(*range(20)), r"names 20 of 20 units; at least one must be trained and one frozen"),
     "too few bytes": (_bits(1, 1), r"a mask of 20 units takes 3 bytes of bits, got 2"),
