@@ -184,7 +184,7 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         return delta.layout.gather(self.stored_matrix())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense update (stored orientation, base dtype's fp32): zero outside the mask."""
+        """The dense update in the stored weight's orientation, fp32 (fp64 for an fp64 base); zero off the mask."""
         self.ensure_started(adapter)
         delta = self.delta(adapter)
         values = delta.values()
@@ -316,7 +316,7 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         Raises ``ValueError`` for a merged layer and whatever :func:`.plan.read_plan` refuses.
         """
         known = self._vetted.get(adapter)
-        if known is not None and known[0] is stored.get("entries"):
+        if identity is None and known is not None and known[0] is stored.get("entries"):
             return known[1], known[2]
         self._check_unmerged()
         self.restore()
@@ -333,6 +333,9 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         )
         self._vetted[adapter] = (stored["entries"], plan, values)
         return plan, values
+
+    def forget_vetted(self) -> None:
+        self._vetted.clear()
 
     def _check_unmerged(self) -> None:
         if self.merged:
@@ -369,4 +372,4 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
             if pending is not None:
                 pending.unstarted.discard(self.name)
                 pending.filled.add(self.name)
-        self._vetted.clear()
+        self.forget_vetted()

@@ -154,9 +154,14 @@ class PrincipalSparseModel(BaseTuner):
                 f"{adapter_name!r} targets (first: {missing[0]}); it is truncated or was made for another model. "
                 "Nothing was changed."
             )
-        for path, layer in layers.items():
-            if path in stored:
-                layer.vet(adapter_name, stored[path])
+        try:
+            for path, layer in layers.items():
+                if path in stored:
+                    layer.vet(adapter_name, stored[path])
+        except Exception:
+            for layer in layers.values():
+                layer.forget_vetted()
+            raise
         return remapped
 
     # -- running ------------------------------------------------------------------------------------------------------
