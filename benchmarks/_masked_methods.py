@@ -19,6 +19,7 @@ from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from offprincipal_peft import MaskedAdamW, PrincipalSparseConfig
+from offprincipal_peft.kernels.layout import row_block
 
 BASELINE = "dense bf16"
 LR = 1e-5
@@ -84,6 +85,39 @@ def dense_master(base: nn.Module, density: float) -> Adapted:
 def floor(base: nn.Module, density: float) -> Adapted:
     """What no adapter can avoid: the forward and the input gradient of the frozen layer."""
     return Adapted(base.requires_grad_(False), list(base.parameters()), None, lambda: None, 0)
+
+
+class _ThreeProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return torch.nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), grad = ctx.saved_tensors, grads[0]
+        rows = row_block((ctx.weight.shape[0], ctx.weight.shape[1]))
+        for first in range(0, ctx.weight.shape[0], rows):
+            grad[:, first : first + rows].T @ x
+        return grad @ ctx.weight, None
+
+
+class _Products(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in linears(self.base).values():
+            x = _ThreeProducts.apply(x, linear.weight)
+        return x
+
+
+def products(base: nn.Module, density: float) -> Adapted:
+    """What no unstructured mask can avoid: the weight gradient's product too, in blocks of which nothing is kept."""
+    base.requires_grad_(False)
+    return Adapted(_Products(base), list(base.parameters()), None, lambda: None, 0)
 
 
 def ours(structure: str, *, split: bool = False) -> Callable[[nn.Module, float], Adapted]:
@@ -159,9 +193,10 @@ METHODS: dict[str, Callable[[nn.Module, float], Adapted]] = {
     "PEFT Super-Tuning": supertuning,
     "PEFT LoRA r16": lora,
     "floor": floor,
+    "three products": products,
 }
 # Their cost does not depend on the density, and neither does what they train.
-ANY_DENSITY = (BASELINE, "dense fp32 master", "PEFT LoRA r16", "floor")
+ANY_DENSITY = (BASELINE, "dense fp32 master", "PEFT LoRA r16", "floor", "three products")
 
 
 def training_step(adapted: Adapted, x: Tensor, upstream: Tensor) -> Callable[[], None]:

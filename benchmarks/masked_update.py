@@ -33,7 +33,7 @@ LINE = 32  # bf16 entries in a cache line
 ROTATED_BYTES = 300e6  # state that the update alone walks over, so that none of it stays in the last-level cache
 STREAM_BYTES = 576 * 2**20
 # Of the methods, in their order: the dense ones and the floor without colour.
-COLOURS = ("black", "dimgrey", "C0", "C9", "C2", "C8", "C4", "C3", "C1", "C5", "lightgrey")
+COLOURS = ("black", "dimgrey", "C0", "C9", "C2", "C8", "C4", "C3", "C1", "C5", "lightgrey", "darkgrey")
 
 
 # -- one layer's step ---------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ MASKED = {
     "PEFT SHiRA": "SHiRA",
     "PEFT Super-Tuning": "Super-Tuning",
     "PEFT LoRA r16": "LoRA r16",
+    "three products": "three products",
     "floor": "frozen layer",
 }
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from .gradient_memory import GradientMemory
 from .scatter import scatter_unique_
 
-ROW_BLOCK = 256  # rows of the product held at once; fewer slow down ten times under contention
+ROW_BLOCK = 256  # least rows of the product held at once; fewer slow down ten times under contention
+BLOCK_ENTRIES = 1 << 21  # most entries of it, and an eighth of the matrix at most
 CHUNK = 524_288  # entries converted to int64 at a time: ``index_copy_`` and ``scatter_`` refuse int32
 
 
@@ -28,11 +29,21 @@ class Layout(ABC):
     """Packed entries of a (rows, columns) matrix."""
 
     shape: tuple[int, int]
-    count: int
+    count: int  # trained entries
+    slots: int  # length of a packed vector; more than the entries in a dense layout alone
     memory: GradientMemory
 
-    def __init__(self, shape: tuple[int, int], count: int) -> None:
+    def __init__(self, shape: tuple[int, int], count: int, slots: int | None = None) -> None:
         self.shape, self.count, self.memory = shape, count, GradientMemory()
+        self.slots = count if slots is None else slots
+
+    def compress(self, values: Tensor) -> Tensor:  # (slots,) -> (count,)
+        """The trained entries' values in row-major order of their positions, or of their stripes or blocks."""
+        return values
+
+    def expand(self, values: Tensor) -> Tensor:  # (count,) -> (slots,)
+        """The inverse of :meth:`compress`, with zeros in what is not trained."""
+        return values
 
     @abstractmethod
     def units(self) -> Tensor:
@@ -55,7 +66,7 @@ class Layout(ABC):
 
     @abstractmethod
     def scatter_chunk_(self, matrix: Tensor, where: tuple[int, Tensor], values: Tensor) -> None:
-        """Write one chunk of packed values into the matrix."""
+        """Write one chunk of packed values into the matrix. The values' memory may be used for the work."""
 
     @abstractmethod
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
@@ -79,7 +90,7 @@ class Layout(ABC):
     def mask(self, device: torch.device | None = None) -> Tensor:
         """The entries as a boolean (rows, columns) matrix."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=device)
-        self.scatter_(mask, torch.ones(self.count, dtype=torch.bool, device=device))
+        self.scatter_(mask, torch.ones(self.slots, dtype=torch.bool, device=device))
         return mask
 
     @abstractmethod
@@ -87,13 +98,19 @@ class Layout(ABC):
         """The same layout with its index on ``device``."""
 
 
+def row_block(shape: tuple[int, int]) -> int:
+    """How many rows of the weight gradient are computed at once: larger products are faster, and held in memory."""
+    rows, columns = shape
+    return max(ROW_BLOCK, min(BLOCK_ENTRIES // columns, rows // 8))
+
+
 class ElementLayout(Layout):
     """Single entries, by sorted row-major positions."""
 
     def __init__(self, shape: tuple[int, int], indices: Tensor) -> None:  # indices (count,) int32
         super().__init__(shape, indices.numel())
-        self.indices = indices
-        edges = torch.arange(0, shape[0] + ROW_BLOCK, ROW_BLOCK).clamp_max(shape[0]) * shape[1]
+        self.indices, self.rows = indices, row_block(shape)
+        edges = torch.arange(0, shape[0] + self.rows, self.rows).clamp_max(shape[0]) * shape[1]
         self.bounds: list[int] = torch.searchsorted(indices, edges.to(indices.device)).tolist()
 
     def units(self) -> Tensor:
@@ -121,8 +138,8 @@ class ElementLayout(Layout):
         for block, (low, high) in enumerate(itertools.pairwise(self.bounds)):
             if low == high:
                 continue
-            first = block * ROW_BLOCK
-            product = left[:, first : first + ROW_BLOCK].T @ right  # (256, columns)
+            first = block * self.rows
+            product = left[:, first : first + self.rows].T @ right  # (rows, columns)
             positions = torch.sub(self.indices[low:high], first * self.shape[1], out=inside[: high - low])
             out[low:high] = product.view(-1).index_select(0, positions)
         return out
@@ -289,8 +306,10 @@ class BlockLayout(Layout):
         return self if self.blocks.device == device else BlockLayout(self.shape, self.blocks.to(device), self.side)
 
 
-def layout_of(units: Tensor, shape: tuple[int, int], structure: str, *, side: int = 64) -> Layout:
+def layout_of(units: Tensor, shape: tuple[int, int], structure: str, *, side: int = 64, dense: bool = False) -> Layout:
     """The layout of the chosen units (see :mod:`offprincipal_peft.geometry.masks`) in a (rows, columns) matrix.
+
+    ``dense`` asks for :class:`~.dense_layout.DenseLayout` where the units are single elements.
 
     Raises ``ValueError`` for an empty choice and for a matrix past 2^31 entries, whose positions int32 cannot hold.
     """
@@ -299,6 +318,10 @@ def layout_of(units: Tensor, shape: tuple[int, int], structure: str, *, side: in
     if structure == "element":
         if shape[0] * shape[1] > torch.iinfo(torch.int32).max:
             raise ValueError(f"a {shape[0]} x {shape[1]} matrix has more entries than int32 positions can name")
+        if dense:
+            from .dense_layout import DenseLayout
+
+            return DenseLayout(shape, units)
         return ElementLayout(shape, units.reshape(-1).nonzero().squeeze(1).to(torch.int32))
     if structure == "block":
         return BlockLayout(shape, units, side)

@@ -25,14 +25,14 @@ def write_sum_(matrix: Tensor, layout: Layout, original: Tensor, delta: Tensor) 
     Args:
         matrix: (rows, columns), contiguous, any floating dtype.
         layout: the entries.
-        original: (count,) in the matrix's dtype, the entries' values without the update.
-        delta: (count,) fp32 (or wider).
+        original: (slots,) in the matrix's dtype, the entries' values without the update.
+        delta: (slots,) fp32 (or wider).
 
     Raises ``ValueError`` where sizes or dtypes do not belong together; nothing is written then.
     """
     _check(matrix, layout, original)
-    if delta.shape != (layout.count,):
-        raise ValueError(f"the layout has {layout.count} entries, but {tuple(delta.shape)} updates were given")
+    if delta.shape != (layout.slots,):
+        raise ValueError(f"the layout has {layout.slots} entries, but {tuple(delta.shape)} updates were given")
     wide, rounded = delta.new_empty(0), matrix.new_empty(0)
     for part, where in layout.chunks():
         size = part.stop - part.start
@@ -44,7 +44,7 @@ def write_sum_(matrix: Tensor, layout: Layout, original: Tensor, delta: Tensor) 
 
 @torch.no_grad()
 def write_values_(matrix: Tensor, layout: Layout, values: Tensor) -> None:
-    """In place ``matrix[entries] = values`` for (count,) values in the matrix's dtype, bit for bit.
+    """In place ``matrix[entries] = values`` for (slots,) values in the matrix's dtype, bit for bit.
 
     Raises ``ValueError`` as :func:`write_sum_` does.
     """
@@ -57,8 +57,8 @@ def _check(matrix: Tensor, layout: Layout, values: Tensor) -> None:
         raise ValueError(f"the layout is of a {layout.shape} matrix, the weight is {tuple(matrix.shape)}")
     if not matrix.is_contiguous():
         raise ValueError(f"the {layout.shape} weight is not contiguous: its entries cannot be addressed by position")
-    if values.shape != (layout.count,):
-        raise ValueError(f"the layout has {layout.count} entries, but {tuple(values.shape)} values were given")
+    if values.shape != (layout.slots,):
+        raise ValueError(f"the layout has {layout.slots} entries, but {tuple(values.shape)} values were given")
     if values.dtype != matrix.dtype:
         raise ValueError(f"the values are {values.dtype}, the weight is {matrix.dtype}")
 
@@ -73,7 +73,7 @@ class PackedMaster:
     layout: Layout
 
     def original(self) -> Tensor:
-        """The entries' values without the update, (count,) in the weight's dtype. Weight decay pulls towards them."""
+        """The entries' values without the update, (slots,) in the weight's dtype. Weight decay pulls towards them."""
         raise NotImplementedError
 
     def current(self) -> Tensor:

@@ -30,6 +30,7 @@ DEFAULTS = {
     "principal_method": "exact",
     "structure": "element",
     "precision": "fp32",
+    "packing": "auto",
     "seed": 0,
 }
 

@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "structure": ("element", "row", "column", "block"),
     "precision": ("fp32", "split", "bf16", "bf16-stochastic"),
     "principal_method": ("exact", "randomized"),
+    "packing": ("auto", "packed", "dense"),
 }
 
 
@@ -50,6 +51,10 @@ class PrincipalSparseConfig(PeftConfig):
         precision: ``"fp32"`` (delta in fp32, for any optimiser), ``"split"`` (the fp32 value as the bf16 weight plus 16
             more bits; needs :class:`~offprincipal_peft.MaskedAdamW` and bf16 weights), or, as ablations with the same
             needs, ``"bf16"`` and ``"bf16-stochastic"`` (the trained entries kept in bf16 alone).
+        packing: how masks of single elements are stored. ``"packed"``: the trained entries and their positions, 18
+            bytes each (fp32). ``"dense"``: a slot for every entry of the weight and a mask, 16 bytes for each, faster
+            where most entries train. ``"auto"``: dense on layers of which more than 60 % train. A saved adapter does
+            not depend on it.
         seed: of random draws, per layer, independently of torch's global generator.
 
     Raises:
@@ -81,6 +86,9 @@ class PrincipalSparseConfig(PeftConfig):
     )
     precision: Literal["fp32", "split", "bf16", "bf16-stochastic"] = field(
         default="fp32", metadata={"help": "How the trained values are stored."}
+    )
+    packing: Literal["auto", "packed", "dense"] = field(
+        default="auto", metadata={"help": "How element masks are stored while they train."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of random draws, per layer."})
 

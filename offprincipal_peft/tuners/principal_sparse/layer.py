@@ -96,6 +96,7 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         """The mask of another adapter of this layer that the same options made."""
         for adapter, other in self.configs.items():
             same = other.mask == config.mask and other.mask_options() == config.mask_options()
+            same = same and other.packing == config.packing
             plan = self.delta(adapter).plan
             if same and plan is not None:
                 return dataclasses.replace(plan)
@@ -187,11 +188,11 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         """The dense update in the stored weight's orientation, fp32 (fp64 for an fp64 base); zero off the mask."""
         self.ensure_started(adapter)
         delta = self.delta(adapter)
-        values = delta.values()
+        layout, values = delta.layout, delta.values()
         if delta.precision != "fp32":
-            values = values.float() - delta.original().float()
-        dense = torch.zeros(delta.layout.shape, dtype=values.dtype, device=values.device)
-        delta.layout.scatter_(dense, values)
+            values = values.float() - layout.compress(delta.original()).float()
+        dense = torch.zeros(layout.shape, dtype=values.dtype, device=values.device)
+        layout.scatter_(dense, layout.expand(values))
         return dense
 
     def enable_adapters(self, enabled: bool) -> None:

@@ -94,15 +94,17 @@ class PackedDelta(nn.Module, PackedMaster):
         The parameter object stays where its size and device do, so that an optimiser that holds it stays right.
         """
         matrix = self.owner[0].stored_matrix()
-        device, count = matrix.device, plan.layout.count
+        device, slots = matrix.device, plan.layout.slots
         plan.layout = plan.layout.to(device)
         self.plan, self.stash = plan, None
-        if self.weight.shape != (count,) or self.weight.device != device:
-            fresh = torch.zeros(count, dtype=self.weight.dtype, device=device)
+        if values is not None:
+            values = self._expanded(values.to(device), matrix)
+        if self.weight.shape != (slots,) or self.weight.device != device:
+            fresh = torch.zeros(slots, dtype=self.weight.dtype, device=device)
             self.weight = nn.Parameter(fresh, requires_grad=self.weight.requires_grad)
         self.bind()
         if self.precision == "split":
-            high, low = split_master(plan.layout.gather(matrix).float() if values is None else values.to(device))
+            high, low = split_master(plan.layout.gather(matrix).float() if values is None else values)
             self.stash = high
             self.weight.data.copy_(low.view(torch.bfloat16))
         elif values is not None:
@@ -113,13 +115,25 @@ class PackedDelta(nn.Module, PackedMaster):
             self.weight.data.copy_(plan.layout.gather(matrix))
         self.stepped()
 
+    def _expanded(self, values: Tensor, matrix: Tensor) -> Tensor:
+        """Saved values (count,) in the layout's slots; a slot that is not trained holds the base's own value."""
+        layout = self.layout
+        if layout.slots == layout.count:
+            return values
+        if self.precision == "fp32":
+            return layout.expand(values)
+        expanded, mask = layout.expand(values), layout.units().view(-1)
+        return torch.where(mask, expanded, layout.gather(matrix).to(values.dtype))
+
     def values(self) -> Tensor:
         """What is saved, (count,): the fp32 update, the fp32 trained values (split) or the bf16 trained values."""
         if self.precision != "split":
-            return self.weight.detach()
+            return self.layout.compress(self.weight.detach())
         high = self.layout.gather(self.owner[0].stored_matrix()) if self.is_written else self.stash
         assert high is not None
-        return join_master(high.to(torch.bfloat16), self._low())  # a model that was cast meanwhile holds them wider
+        return self.layout.compress(
+            join_master(high.to(torch.bfloat16), self._low())
+        )  # a model that was cast meanwhile holds them wider
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
@@ -160,7 +174,7 @@ class PackedDelta(nn.Module, PackedMaster):
     def _sample(self) -> Tensor | None:
         if self.precision != "split":
             return None
-        return self._low()[:: max(1, self.count // _SAMPLE)].clone()
+        return self._low()[:: max(1, self.weight.numel() // _SAMPLE)].clone()
 
     def check_untouched(self) -> None:
         """Notice low halves that were written by someone who does not hold the other half.
@@ -224,7 +238,8 @@ class PackedDelta(nn.Module, PackedMaster):
         if self.plan is None:
             empty = torch.empty(0)
             return {key: empty, "entries": empty, "base": empty}
-        value = self.weight if key == "weight" else self.values()
+        whole = key == "weight" and self.plan.layout.slots == self.plan.layout.count
+        value = self.weight if whole else self.values()
         return {key: value, "entries": self.plan.packed(), "base": self.plan.base}
 
     def _load_from_state_dict(

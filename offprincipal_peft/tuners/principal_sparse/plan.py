@@ -14,6 +14,7 @@ from ...geometry.masks import BLOCK, MatchReport, OverlapReport, build_mask
 from ...kernels import Layout, layout_of
 from .config import PrincipalSparseConfig
 
+DENSE_ABOVE = 0.6  # density from which packing="auto" carries frozen entries along
 _TRANSPOSED = {"element": "element", "block": "block", "row": "column", "column": "row"}
 
 
@@ -35,20 +36,21 @@ class MaskPlan:
 def plan_mask(
     units: Tensor,
     weight: Tensor,
-    structure: str,
+    config: PrincipalSparseConfig,
     *,
     transposed: bool,
     reports: list[Any] | None = None,
     base: Tensor | None = None,
 ) -> MaskPlan:
     """The plan for units of a (d_out, d_in) mask on a stored weight, which is (d_in, d_out) where ``transposed``."""
-    stored_structure = structure
+    stored_structure: str = config.structure
     stored_units = units
     if transposed:
-        stored_structure = _TRANSPOSED[structure]
+        stored_structure = _TRANSPOSED[config.structure]
         stored_units = units.T.contiguous() if units.dim() == 2 else units
     shape = (weight.shape[0], weight.shape[1])
-    layout = layout_of(stored_units, shape, stored_structure, side=BLOCK)
+    dense = config.packing == "dense" or (config.packing == "auto" and float(units.float().mean()) > DENSE_ABOVE)
+    layout = layout_of(stored_units, shape, stored_structure, side=BLOCK, dense=dense)
     return MaskPlan(layout, fingerprint(weight) if base is None else base.cpu(), reports or [], transposed)
 
 
@@ -69,7 +71,7 @@ def build_plan(
     assert isinstance(weight, Tensor)
     logical = weight.detach().T if transposed else weight.detach()
     mask = build_mask(logical, config.mask, config.mask_options(compare_with_exact=compare_with_exact), name=name)
-    return plan_mask(mask.units, weight.detach(), config.structure, transposed=transposed, reports=list(mask.reports))
+    return plan_mask(mask.units, weight.detach(), config, transposed=transposed, reports=list(mask.reports))
 
 
 def read_plan(
@@ -108,7 +110,7 @@ def read_plan(
     except ValueError as error:
         weight_is = f"weight {shape[0]} x {shape[1]}, structure {config.structure!r}"
         raise ValueError(f"{where} ({weight_is}): {error}.") from error
-    plan = plan_mask(units.to(weight.device), weight, config.structure, transposed=transposed, base=stored["base"])
+    plan = plan_mask(units.to(weight.device), weight, config, transposed=transposed, base=stored["base"])
     values = stored[key]
     if values.shape != (plan.layout.count,) or values.dtype != values_dtype:
         raise ValueError(
