@@ -62,17 +62,16 @@ def main() -> None:
     args = parser.parse_args()
     print("mask                trained   loss                changed   outside the mask   adapter file")
     for mask in ("safe", "random(safe)", "principal", "low & ~principal"):
-        pretrained = load(args.model)
-        base = {name: p.detach().clone() for name, p in pretrained.named_parameters()}
-        config = PrincipalSparseConfig(mask=mask, precision=args.precision, task_type="CAUSAL_LM")
-        model = get_peft_model(pretrained, config)
+        model = load(args.model)
+        base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model = get_peft_model(model, PrincipalSparseConfig(mask=mask, precision=args.precision, task_type="CAUSAL_LM"))
         losses = train(model, args.steps)
         trained, changed, outside = compare(model, base)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             size = Path(folder, "adapter_model.safetensors").stat().st_size / 2**20
-        row = f"{mask:18s}  {trained:7.2%}   {losses[0]:6.3f} -> {losses[-1]:6.3f}   {changed:7.2%}"
-        print(f"{row}   {outside:16d}   {size:8.1f} MiB")
+        loss = f"{losses[0]:6.3f} -> {losses[-1]:6.3f}"
+        print(f"{mask:18s}  {trained:7.2%}   {loss}   {changed:7.2%}   {outside:16d}   {size:8.1f} MiB")
         assert all(torch.equal(p, base[name]) for name, p in model.unload().named_parameters())
 
 

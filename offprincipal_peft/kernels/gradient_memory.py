@@ -8,13 +8,14 @@ the layers of more than 8.4 M trained entries. On a GPU torch's own allocator do
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+LINE = 64  # bytes of a cache line: what torch aligns its own memory to
 KEPT_BYTES = 32 << 20  # smaller blocks are recycled by the C library itself
 
 
@@ -22,16 +23,17 @@ class GradientMemory:
     """The blocks of one layer that no tensor uses."""
 
     def __init__(self) -> None:
-        self.free: list[np.ndarray] = []
+        self.free: list[ctypes.Array[ctypes.c_float]] = []
 
     def empty(self, count: int, device: torch.device) -> Tensor:
         """An uninitialised fp32 vector (count,)."""
         if device.type != "cpu" or 4 * count < KEPT_BYTES:
             return torch.empty(count, dtype=torch.float32, device=device)
-        memory = self.free.pop() if self.free else np.empty(count, dtype=np.float32)
-        lease = memory.view()  # what the tensor's storage holds on to: it ends with the storage
+        memory = self.free.pop() if self.free else (ctypes.c_float * (count + LINE // 4))()
+        aligned = -ctypes.addressof(memory) % LINE
+        lease = (ctypes.c_float * count).from_buffer(memory, aligned)  # held by the tensor's storage, it ends with it
         weakref.finalize(lease, self.free.append, memory).atexit = False
-        return torch.from_numpy(lease)
+        return torch.frombuffer(lease, dtype=torch.float32)
 
     def __deepcopy__(self, memo: Any) -> GradientMemory:
         return GradientMemory()
