@@ -134,6 +134,7 @@ OTHER = {
     "principal_method": "randomized",
     "structure": "row",
     "precision": "split",
+    "packing": "packed",
     "seed": 11,
 }
 
