@@ -7,19 +7,18 @@ that follows a backward. Every one of them trains with the same AdamW settings a
 from __future__ import annotations
 
 import math
-import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from offprincipal_peft import MaskedAdamW, PrincipalSparseConfig
 from offprincipal_peft.kernels.layout import row_block
+from offprincipal_peft.rlvr.memory import reachable_tensors, storages
 
 BASELINE = "dense bf16"
 LR = 1e-5
@@ -210,43 +209,14 @@ def training_step(adapted: Adapted, x: Tensor, upstream: Tensor) -> Callable[[],
     return step
 
 
-def reachable_tensors(roots: Iterable[Any]) -> list[Tensor]:
-    """Every tensor in the attributes, items and slots below ``roots``, gradients left out."""
-    skipped = (type, str, bytes, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.dtype)
-    seen: set[int] = set()
-    stack, found = list(roots), []
-    while stack:
-        item = stack.pop()
-        if id(item) in seen or isinstance(item, skipped):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, np.ndarray):  # gradient memory that a layer keeps
-            found.append(torch.from_numpy(item))
-        elif isinstance(item, dict):
-            stack += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple | set | frozenset):
-            stack += list(item)
-        stack += list(getattr(item, "__dict__", {}).values())
-        slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
-        stack += [getattr(item, name) for name in slots if not name.startswith("__") and hasattr(item, name)]
-    return found
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    storages = (t.untyped_storage() for t in tensors if t.layout == torch.strided)
-    return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
-
-
 def weight_bytes(adapted: Adapted) -> int:
-    return sum(_storages(adapted.base).values())
+    return sum(storages(adapted.base).values())
 
 
 def state_bytes(adapted: Adapted) -> int:
     """What stays between steps beyond the base weights: moments, parameters, indices, kept originals, masks."""
-    everything = _storages(reachable_tensors([adapted.model, adapted.optimizer]))
-    return sum(size for pointer, size in everything.items() if pointer not in _storages(adapted.base))
+    everything = storages(reachable_tensors([adapted.model, adapted.optimizer]))
+    return sum(size for pointer, size in everything.items() if pointer not in storages(adapted.base))
 
 
 def transient_peak(step: Callable[[], None], device: str) -> int:

@@ -1,0 +1,1 @@
+"""Runs methods under reinforcement learning with TRL's trainers and compares them."""

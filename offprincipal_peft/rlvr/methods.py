@@ -1,0 +1,190 @@
+"""The methods that a comparison knows, each from the same rank, alpha, targets and dropout; and any PEFT config.
+
+A method only says how to build its PEFT config. Whatever could favour it comes from the trial: see
+:class:`~offprincipal_peft.rlvr.config.TrialConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig, SupertuningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from ..tuners import OffPrincipalLoraConfig, PrincipalSparseConfig
+from .config import TrialConfig
+
+CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+
+
+class MethodError(ValueError):
+    """A method that does not exist or cannot be built: what exists instead."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Attributes:
+        summary: one line for ``offprincipal methods``.
+        config: builds the PEFT config of a trial; None for full fine-tuning.
+        base_intact: whether disabling the adapter gives the pretrained model. Where it does not, a second copy of the
+            model is the reference of the KL.
+    """
+
+    name: str
+    family: str
+    summary: str
+    config: Callable[[TrialConfig], PeftConfig | None]
+    base_intact: bool = True
+
+
+def _shared(trial: TrialConfig) -> dict[str, Any]:
+    return {"target_modules": trial.target_modules, "task_type": "CAUSAL_LM"}
+
+
+def _low_rank(trial: TrialConfig) -> dict[str, Any]:
+    return {**_shared(trial), "r": trial.rank, "lora_alpha": trial.alpha, "lora_dropout": trial.dropout}
+
+
+def _preset(name: str) -> Callable[[TrialConfig], PeftConfig]:
+    def build(trial: TrialConfig) -> PeftConfig:
+        options = {**_low_rank(trial), "seed": trial.seed, **trial.method_options}
+        return OffPrincipalLoraConfig.preset(name, **options)
+
+    return build
+
+
+def _peft(cls: type[PeftConfig], shared: Callable[[TrialConfig], dict[str, Any]], **options: Any) -> Any:
+    return lambda trial: cls(**{**shared(trial), **options, **trial.method_options})
+
+
+def _sparse(mask: str) -> Callable[[TrialConfig], PeftConfig]:
+    def build(trial: TrialConfig) -> PeftConfig:
+        return PrincipalSparseConfig(**{**_shared(trial), "mask": mask, "seed": trial.seed, **trial.method_options})
+
+    return build
+
+
+def _shira(trial: TrialConfig) -> PeftConfig:
+    return ShiraConfig(**{**_shared(trial), "r": trial.rank, "random_seed": trial.seed, **trial.method_options})
+
+
+def _supertuning(trial: TrialConfig) -> PeftConfig:
+    return SupertuningConfig(**{**_shared(trial), **trial.method_options})
+
+
+OURS, PEFTS, SPARSE = "off-principal LoRA", "PEFT's own", "principal-masked sparse"
+_TABLE = [
+    Method("full", "full", "full fine-tuning of every parameter", lambda trial: None, base_intact=False),
+    Method("lora", OURS, "LoRA: A random (Kaiming), B zero", _preset("lora")),
+    Method(
+        "dora", PEFTS, "PEFT's DoRA: LoRA on directions, magnitudes apart", _peft(LoraConfig, _low_rank, use_dora=True)
+    ),
+    Method("pissa", OURS, "PiSSA start (top-r, √σ), base untouched, ΔW = 0 at the start", _preset("pissa")),
+    Method(
+        "peft-pissa",
+        PEFTS,
+        "PEFT's PiSSA, which writes the residual into the base",
+        _peft(LoraConfig, _low_rank, init_lora_weights="pissa"),
+        base_intact=False,
+    ),
+    Method("milora", OURS, "MiLoRA start (bottom-r, √σ), base untouched", _preset("milora")),
+    Method("mica", OURS, "MiCA: B frozen at the bottom left directions, A trained from zero", _preset("mica")),
+    Method("rlpo", OURS, "RLPO: A starts at the top-r right directions, orthonormal rows", _preset("rlpo")),
+    Method("rlmo", OURS, "RLMO: A starts at the bottom-r right directions, orthonormal rows", _preset("rlmo")),
+    Method("olora-tail", OURS, "OLoRA-tail: both factors at the bottom directions, no σ", _preset("olora-tail")),
+    Method("geora", OURS, "GeoRA: top-r of the weight under its geometric mask, √σ", _preset("geora")),
+    Method("offprincipal", OURS, "bottom start, update confined off the top-k on both sides", _preset("offprincipal")),
+    Method("peft-shira", PEFTS, "PEFT's SHiRA: as many random entries as LoRA has numbers", _shira),
+    Method("peft-supertuning", PEFTS, "PEFT's Super-Tuning: the 1 % largest entries", _supertuning),
+    Method(
+        "osf", PEFTS, "PEFT's OSF: the lower half of the spectrum trains", _peft(OSFConfig, _shared), base_intact=False
+    ),
+    Method("principal", SPARSE, "entries with the largest rank-k part (50 %)", _sparse("principal")),
+    Method("~principal", SPARSE, "the other entries (50 %)", _sparse("~principal")),
+    Method("low", SPARSE, "entries of small magnitude (58.59 %)", _sparse("low")),
+    Method("safe", SPARSE, "the paper's safe mask, low | ~principal", _sparse("safe")),
+    Method("random(safe)", SPARSE, "random entries at safe's density", _sparse("random(safe)")),
+    Method(
+        "matched(principal)",
+        SPARSE,
+        "other entries with the magnitudes of thinned(principal)",
+        _sparse("matched(principal)"),
+    ),
+    Method(
+        "thinned(principal)", SPARSE, "principal entries thinned to match(principal)", _sparse("thinned(principal)")
+    ),
+]
+METHODS = {method.name: method for method in _TABLE}
+
+
+def find_method(name: str) -> Method:
+    """The method called ``name``, or one made from a PEFT config file.
+
+    Raises:
+        MethodError: neither; with what exists.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name.endswith(CONFIG_SUFFIXES) or Path(name).is_dir():
+        return _from_file(Path(name))
+    close = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise MethodError(
+        f"unknown method {name!r}{hint}; there are {', '.join(METHODS)}, and any PEFT config as .json or .yaml"
+    )
+
+
+def build_config(trial: TrialConfig) -> PeftConfig | None:
+    """The PEFT config of the trial, None for full fine-tuning; raises :class:`MethodError` with the trial's label."""
+    method = find_method(trial.method)
+    if method.name == "full" and trial.method_options:
+        raise MethodError(f"{trial.label}: full fine-tuning has no options, got {', '.join(trial.method_options)}")
+    try:
+        return method.config(trial)
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"{trial.label}: {error}") from error
+
+
+def _from_file(path: Path) -> Method:
+    """A config file's own fields win; rank, alpha, dropout and targets that it leaves out are the trial's."""
+    fields = _read_config(path)
+    kind = fields.pop("peft_type", None)
+    known = {str(getattr(name, "value", name)): cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in known:
+        raise MethodError(f"{path}: peft_type is {kind!r}; it is one of {', '.join(sorted(known))}")
+    cls = known[kind]
+    options = {field.name for field in dataclasses.fields(cls)}
+    unknown = [name for name in fields if name not in options]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], options, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise MethodError(f"{path}: {cls.__name__} has no field {unknown[0]!r}{hint}")
+
+    def build(trial: TrialConfig) -> PeftConfig:
+        shared = {name: value for name, value in _low_rank(trial).items() if name in options}
+        return cls(**{**shared, **fields, **trial.method_options})
+
+    return Method(path.name, "a config file", f"{cls.__name__} from {path.name}", build, base_intact=False)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    path = path / "adapter_config.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise MethodError(f"{path}: {error.strerror or error}") from None
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise MethodError(f"{path}: neither JSON nor YAML ({error})") from None
+    if not isinstance(value, dict):
+        raise MethodError(f"{path}: a {type(value).__name__}, not the fields of a PEFT config")
+    return value
