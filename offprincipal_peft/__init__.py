@@ -4,9 +4,27 @@ Importing this package registers its methods with PEFT, so that ``get_peft_model
 ``AutoPeftModel`` know them.
 """
 
+from typing import Any
+
 from . import geometry
 from .kernels import MaskedAdamW
 from .tuners import OffPrincipalLoraConfig, PrincipalSparseConfig
 
 __version__ = "0.1.0"
-__all__ = ["MaskedAdamW", "OffPrincipalLoraConfig", "PrincipalSparseConfig", "__version__", "geometry"]
+__all__ = [
+    "GeometryCallback",
+    "MaskedAdamW",
+    "OffPrincipalLoraConfig",
+    "PrincipalSparseConfig",
+    "__version__",
+    "geometry",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """``GeometryCallback`` on first use: it imports transformers' Trainer, which takes a second."""
+    if name == "GeometryCallback":
+        from .rlvr.callbacks import GeometryCallback
+
+        return GeometryCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -123,9 +123,9 @@ def update_sparsity(
 ) -> float:
     """The share of unchanged entries, 1 - #changed / n, in [0, 1]: by default the bf16-aware update sparsity.
 
-    Options and errors as :func:`unchanged`, and ``ValueError`` for an empty tensor. The count is exact, and memory
-    beyond the two tensors is that of a few million entries. Of several layers take the sum of :func:`count_changed`
-    over the sum of sizes. Source: 2511.08567, Definition 2.2.
+    Options and errors as :func:`unchanged`, and ``ValueError`` for an empty tensor. The count is exact. Memory beyond
+    the two tensors is that of a few million entries, and a copy of a tensor that is not contiguous. Of several layers
+    take the sum of :func:`count_changed` over the sum of sizes. Source: 2511.08567, Definition 2.2.
     """
     if not before.numel():
         raise ValueError(f"update sparsity needs a weight with entries, got shape {tuple(before.shape)}")

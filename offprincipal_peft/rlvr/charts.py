@@ -108,7 +108,7 @@ def style(colour: int) -> str:
 def lines(frame: Frame, series: Sequence[Series], describe: str = "") -> str:
     """A chart of lines with bands, as an ``<svg>`` element; ``describe`` is its text for who cannot see it."""
     x_low, x_high, y_low, y_high = frame.limits or limits(frame, series)
-    x = Scale(x_low, x_high, 46.0, frame.width - 12.0, frame.log_x, frame.whole_x)
+    x = Scale(x_low, x_high, 50.0 if frame.width >= WIDTH else 40.0, frame.width - 12.0, frame.log_x, frame.whole_x)
     y = Scale(y_low, y_high, frame.height - 40.0, 12.0)
     parts = [_axes(frame, x, y)]
     if frame.base is not None and y_low <= frame.base <= y_high:
@@ -144,9 +144,10 @@ def limits(frame: Frame, series: Sequence[Series]) -> tuple[float, float, float,
 
 def svg(width: float, height: float, title: str, describe: str, parts: Sequence[str]) -> str:
     """The element around the parts, named for screen readers."""
+    size = "big" if width >= WIDTH else "small"  # big ones shrink on a phone: their text is enlarged there
     name = escape(f"{title}. {describe}" if describe else title)
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}">'
+        f'<svg class="{size}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
     )
 
@@ -218,7 +219,7 @@ class Bar:
 def forest(title: str, label: str, bars: Sequence[Bar], line: float | None = None, describe: str = "") -> str:
     """Points with intervals, one row a method, over an axis named ``label``; ``line``: where a dashed line stands."""
     row, top = 25.0, 8.0
-    named = min(175.0, 16 + _CHAR * max(len(bar.name) for bar in bars))
+    named = min(175.0, 16 + 7.0 * max(len(bar.name) for bar in bars))
     bottom = top + row * len(bars)
     values = [v for bar in bars for v in (bar.value, bar.low, bar.high) if v is not None]
     values += [line] if line is not None else []
@@ -234,7 +235,7 @@ def forest(title: str, label: str, bars: Sequence[Bar], line: float | None = Non
         parts.append(f'<line class="base" x1="{x(line):.1f}" x2="{x(line):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
     for i, bar in enumerate(bars):
         at = top + row * (i + 0.5)
-        text = escape(_short(bar.name, 26))
+        text = escape(_short(bar.name, 23))
         parts.append(f'<text class="name" x="{named - 10:.1f}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
         parts.append(_whisker(bar, x, at))
     middle = (x.start + x.end) / 2

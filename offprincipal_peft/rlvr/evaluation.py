@@ -148,7 +148,7 @@ def complete(
 def completion_log_probs(model: nn.Module, sampled: Sampled) -> Tensor:  # (n, width, vocabulary), fp32
     """Log-probabilities of every token at the positions of the completions."""
     position = (sampled.attention.cumsum(1) - 1).clamp(min=0)
-    inputs = {"input_ids": sampled.ids, "attention_mask": sampled.attention, "position_ids": position}
+    inputs: dict[str, Any] = {"input_ids": sampled.ids, "attention_mask": sampled.attention, "position_ids": position}
     keep = sampled.width + 1  # the last prompt token predicts the first of the completion
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
@@ -160,7 +160,7 @@ def completion_log_probs(model: nn.Module, sampled: Sampled) -> Tensor:  # (n, w
 def decode(tokenizer: Any, sampled: Sampled) -> list[str]:
     """The completions' texts without what follows their end."""
     rows = [row[kept] for row, kept in zip(sampled.ids[:, -sampled.width :], sampled.kept, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)  # type: ignore[no-any-return]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def encode(tokenizer: Any, prompts: list[Any]) -> Any:
@@ -190,7 +190,7 @@ def end_tokens(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
         if len(ids) != 1:
             raise ValueError(f"the task's stop {stop!r} is {len(ids)} tokens of this tokenizer: it has to be one")
         ends.add(ids[0])
-    return sorted(ends)  # type: ignore[arg-type]
+    return sorted(ends)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from .callbacks import GeometryCallback
 from .config import TrialConfig
 from .evaluation import OTHER_TEXT, Reference, accuracy, as_found, divergence, text_loss
 from .memory import peak_bytes, reachable_tensors, storages
 from .methods import Method
-from .models import load_model
+from .models import cache_folder, load_model
 from .tasks import Task
 
 EVALUATION_SEED = 20_251_111  # the same completions are drawn for every method that is still at the start
@@ -39,14 +41,9 @@ class Measurements:
         self.geometry = _geometry(config)
         self._reference: nn.Module | None = None
 
-    def start(self, model: nn.Module) -> None:
-        """Before the first step, with the adapter in place."""
-        if self.geometry is not None:
-            self.geometry.begin(model)
-
     def reference(self, model: nn.Module) -> Reference:
         """The pretrained model: the adapter switched off where that is exactly it, or another copy."""
-        if self.method.base_intact and hasattr(model, "disable_adapter"):
+        if self.method.base_intact and isinstance(model, PeftModel):
             return Reference(model, model.disable_adapter)
         if self._reference is None:
             self._reference = load_model(self.config.model, self.config.dtype, self.device).eval()
@@ -68,8 +65,8 @@ class Measurements:
                 batch=config.evaluation_batch,
             )
             forgetting = text_loss(model, self.tokenizer, self.text)
-        norm = self.geometry.update_norm(model) if self.geometry is not None else None
-        evaluation = {"step": step, "split": "test", **scored, **moved, "forgetting": forgetting, "update_norm": norm}
+        evaluation = {"step": step, "split": "test", **scored, **moved, "forgetting": forgetting}
+        evaluation["update_norm"] = self._update_norm(step)
         self.record["evaluations"].append(evaluation)
 
     def finish(self, trainer: Any) -> None:
@@ -81,11 +78,7 @@ class Measurements:
         held = storages(reachable_tensors([model, trainer.optimizer]))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.geometry is not None:
-            self.record["geometry"] = {
-                "history": self.geometry.history,
-                "layers": self.geometry.layers,
-                "summary": self.geometry.summary,
-            }
+            self.record["geometry"] = self.geometry.record()
         tests = [e for e in self.record["evaluations"] if e["split"] == "test"]
         first, last = tests[0], tests[-1]
         self.record["result"] = {
@@ -101,11 +94,18 @@ class Measurements:
             "reward_slope": self._slope(),
         }
 
+    def _update_norm(self, step: int) -> float | None:
+        """‖W − W₀‖_F over all adapted layers; None where the geometry is not measured."""
+        if self.geometry is None:
+            return None
+        norms = {row["step"]: row["geometry/update_norm"] for row in self.geometry.history}
+        return norms[step] if step else 0.0
+
     def _accuracy(self, model: nn.Module, items: list[Any]) -> dict[str, Any]:
         length, batch = self.config.max_completion_length, self.config.evaluation_batch
         return accuracy(model, self.tokenizer, self.task, items, max_new_tokens=length, batch=batch)
 
-    def _slope(self) -> dict[str, float] | None:
+    def _slope(self) -> dict[str, float | None] | None:
         """Change of the mean reward a step, with its 95 % interval; None where nothing was rewarded (SFT)."""
         from .statistics import slope
 
@@ -116,9 +116,8 @@ class Measurements:
         return {"value": found.value, "low": found.low, "high": found.high}
 
 
-def _geometry(config: TrialConfig) -> Any:
+def _geometry(config: TrialConfig) -> GeometryCallback | None:
+    """Observes at every evaluation; the singular bases of the pretrained weights are shared by all trials."""
     if not config.geometry:
         return None
-    from .callbacks import GeometryCallback
-
-    return GeometryCallback(k=config.k)
+    return GeometryCallback(config.evaluate_every or config.steps, k=config.k, cache_dir=cache_folder() / "bases")

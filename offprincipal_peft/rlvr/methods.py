@@ -35,6 +35,7 @@ class Method:
         config: builds the PEFT config of a trial; None for full fine-tuning.
         base_intact: whether disabling the adapter gives the pretrained model. Where it does not, a second copy of the
             model is the reference of the KL.
+        learning_rates: the grid that a comparison tries where none is given; the best on validation is scored on test.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Method:
     summary: str
     config: Callable[[TrialConfig], PeftConfig | None]
     base_intact: bool = True
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
 
 
 def _shared(trial: TrialConfig) -> dict[str, Any]:
@@ -121,7 +123,15 @@ _TABLE = [
         "thinned(principal)", SPARSE, "principal entries thinned to match(principal)", _sparse("thinned(principal)")
     ),
 ]
-METHODS = {method.name: method for method in _TABLE}
+# Orthonormal rows and √σ scales take larger steps than Kaiming's A; entries of the weight itself need small ones.
+_RATES = {
+    **dict.fromkeys(
+        ("pissa", "peft-pissa", "milora", "rlpo", "rlmo", "olora-tail", "geora", "offprincipal"), (3e-5, 1e-4, 3e-4)
+    ),
+    **dict.fromkeys(("peft-shira", "peft-supertuning", "osf"), (1e-5, 3e-5, 1e-4)),
+    **dict.fromkeys(("full", *(method.name for method in _TABLE if method.family == SPARSE)), (3e-6, 1e-5, 3e-5)),
+}
+METHODS = {m.name: dataclasses.replace(m, learning_rates=_RATES.get(m.name, m.learning_rates)) for m in _TABLE}
 
 
 def find_method(name: str) -> Method:

@@ -37,7 +37,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
     """A causal LM on ``device``, its weights in ``dtype``. Raises :class:`ModelError` where there is none."""
     from transformers import AutoModelForCausalLM
 
-    return _from_pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype)).to(device)  # type: ignore[no-any-return]
+    return _from_pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype)).to(device)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -90,7 +90,7 @@ def small_model() -> Path:
 def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=SMALL_FILE, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=SMALL_FILE, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain now; saving would write GGUF's quantiser with them
     model.hf_quantizer = None
     model.is_quantized = False

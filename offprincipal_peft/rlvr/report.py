@@ -70,7 +70,8 @@ def build_report(folder: Path, records: Sequence[Record] | None = None) -> Repor
         if len(studies) > 1:
             html.append(f'<h2 id="study{number}">{escape(name)}</h2>')
             markdown.append(f"## {plain(name)}")
-        html.append(_study_html(study))
+        part = _study_html(study)
+        html.append(part.replace("<h2>", "<h3>").replace("</h2>", "</h3>") if len(studies) > 1 else part)
         markdown.append(_study_markdown(study))
     html.append(_details(found))
     return Report(page(title, "".join(html)), "\n\n".join(markdown) + "\n")
@@ -106,7 +107,7 @@ def _title(studies: Sequence[Study]) -> str:
         return f"Comparison of methods: {len(studies)} settings"
     study = studies[0]
     methods = len(study.rows)
-    what = f"{methods} methods" if methods != 1 else study.rows[0].method.name
+    what = f"{methods} methods" if methods > 1 else study.rows[0].method.name if methods else "no trial finished"
     return f"{study.algorithm.upper()} on {study.task} with {study.model}: {what}"
 
 
@@ -123,7 +124,9 @@ def _head(title: str, studies: Sequence[Study], records: Sequence[Record], expec
     ]
     test = [n for r in records if (n := (r.get("checks") or {}).get("test"))]
     facts += [(_range(test), "test items")] if test else []
-    items = "".join(f"<li><b>{escape(value)}</b><span>{escape(name)}</span></li>" for value, name in facts)
+    items = "".join(
+        f"<li><b>{escape(value)}</b><span>{escape(_plural(value, name))}</span></li>" for value, name in facts
+    )
     where = ""
     if len(studies) > 1:
         links = " · ".join(
@@ -132,6 +135,11 @@ def _head(title: str, studies: Sequence[Study], records: Sequence[Record], expec
         where = f"<nav>{links}</nav>"
     lead = f'<p class="lead">{escape(progress(records, expected))}</p>'
     return f'<header><h1>{escape(title)}</h1>{lead}<ul class="facts">{items}</ul>{where}</header>'
+
+
+def _plural(value: object, name: str) -> str:
+    first, _, rest = name.partition(" ")
+    return name if str(value) != "1" or rest == "each" else f"{first} {rest}".strip().removesuffix("s")
 
 
 def _range(values: Sequence[int]) -> str:

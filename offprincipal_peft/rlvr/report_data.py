@@ -184,7 +184,8 @@ def _study(key: tuple[str, str, str], records: list[Record], names: dict[str, st
     for row, p in zip(compared, holm([row.difference.p for row in compared if row.difference]), strict=True):
         row.adjusted_p = p
     rows.sort(key=lambda row: (row.method is not reference, -(row.accuracy.value if row.accuracy else -1.0)))
-    matched = [_matched(methods, reference, quantity) for quantity in ("kl", "update_norm")] if reference else []
+    matched = [_matched(methods, reference, quantity) for quantity in ("kl", "update_norm")]
+    matched = matched if len(methods) > 1 else []  # with whom?
     failed = [record for record in records if record["status"] == "failed"]
     return Study(*key, rows, reference, records, failed, selection.left_out, matched)
 

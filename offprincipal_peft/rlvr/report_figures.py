@@ -82,7 +82,7 @@ def reward_curves(study: Study) -> str:
         return ""
     text = "Mean reward of each step's completions."
     text += f" Band: {' or '.join(sorted(bands))}." if bands else ""
-    frame = Frame("Training reward", "step", "reward", whole_x=True, width=640.0)
+    frame = Frame("Training reward", "step", "reward", whole_x=True, width=560.0)
     apart = len(series) > 2 and any("group" in band for band in bands)
     return _together_or_apart("Training reward.", text, frame, series, study.methods, apart)
 

@@ -8,6 +8,7 @@ from .report_data import Record, Row, Study, config_fields
 from .report_tables import digits, per_cent, show
 from .statistics import LEVEL, Difference, Interval, holm, paired_difference, points, statement
 
+MOST_SENTENCES = 6  # more findings of one kind are put in one
 # Differences in these do not make one method's training easier than another's.
 _HARMLESS = {"threads", "device", "geometry", "k", "evaluation_batch", "evaluate_every"}
 
@@ -84,14 +85,15 @@ def _learned(study: Study) -> list[str]:
     start = f"The untrained model solves {per_cent(base)} % of the test items. " if base is not None else ""
     parts = []
     if better:
-        all_of = f"All {len(rows)} methods" if len(better) == len(rows) > 1 else names(better)
+        everyone = "Both methods" if len(rows) == 2 else f"All {len(rows)} methods"
+        all_of = everyone if len(better) == len(rows) > 1 else names(better)
         parts.append(f"{all_of} improved on {'that' if start else 'the untrained model'}")
     if unclear:
         parts.append(f"for {names(unclear)} no clear change is seen")
     if worse:
         parts.append(f"{names(worse)} became worse")
     text = "; ".join(parts)
-    return [start + text[0].upper() + text[1:] + "."]
+    return [start + text.replace("for ", "For ", 1) + "." if text.startswith("for ") else start + text + "."]
 
 
 def _compared(study: Study) -> list[str]:
@@ -101,6 +103,8 @@ def _compared(study: Study) -> list[str]:
     clear = [row for row in rows if row.difference and row.difference.excludes(0)]
     unclear = [row for row in rows if row not in clear]
     found = [_statement(row, reference, study.comparisons) for row in clear]
+    if len(clear) > MOST_SENTENCES:
+        found = _grouped(clear, reference, study.comparisons)
     if len(unclear) <= 3:
         return found + [_statement(row, reference, study.comparisons) for row in unclear]
     low = min(row.difference.low for row in unclear if row.difference and row.difference.low is not None)
@@ -113,6 +117,25 @@ def _compared(study: Study) -> list[str]:
         f"The data cannot tell {who} apart from {reference} (intervals between {points(low)} and {points(high)} "
         f"points){tail}.",
     ]
+
+
+def _grouped(rows: Sequence[Row], reference: str, comparisons: int) -> list[str]:
+    """Many clear differences in a sentence for each side."""
+    found = []
+    for word, sign in (("Better", 1), ("Worse", -1)):
+        side = [row for row in rows if row.difference and sign * row.difference.value > 0]
+        held = [row for row in side if row.adjusted_p is not None and row.adjusted_p <= 1 - LEVEL]
+        for group, after in ((held, "also after"), ([row for row in side if row not in held], "but not after")):
+            if group:
+                who = ", ".join(
+                    f"{row.method.name} ({points(row.difference.value)})" for row in group if row.difference
+                )
+                one = any(row.difference.seeds == 1 for row in group if row.difference)
+                found.append(
+                    f"{word} than {reference}, {after} Holm's correction for {comparisons} comparisons, in "
+                    f"points: {who}{', conditional on the one seed that was run' if one else ''}."
+                )
+    return found
 
 
 def _statement(row: Row, reference: str, comparisons: int) -> str:
@@ -154,16 +177,19 @@ def _matched(study: Study) -> list[str]:
         if table.span is None or not table.levels or study.comparisons == 0 or study.reference is None:
             continue
         clear: list[str] = []
-        unclear: list[str] = []
+        one = False
         for name, cells in sorted(table.cells.items(), key=lambda item: _last(item[1]), reverse=True):
             if cells and cells[-1] is not None and (difference := cells[-1][1]) is not None:
-                text = f"{name} by {show(difference, points)}"
-                (clear if difference.excludes(0) else unclear).append(text if difference.excludes(0) else name)
+                one = one or difference.seeds == 1
+                if difference.excludes(0):
+                    clear.append(f"{name} by {show(difference, points)}")
+        if len(clear) > MOST_SENTENCES:  # the table has the intervals
+            clear = [text.partition(" [")[0] for text in clear]
         level = digits(table.levels[-1])
-        if clear:
-            found.append(f"At {what} ({level}), these differ from {study.reference.name}: {'; '.join(clear)} points.")
-        elif unclear:
-            found.append(f"At {what} ({level}), no method can be told apart from {study.reference.name}.")
+        tail = "; conditional on one seed" if one else ""
+        text = f"these differ from {study.reference.name}, in points: {'; '.join(clear)}"
+        text = text if clear else f"no method can be told apart from {study.reference.name}"
+        found.append(f"At {what} ({level}), {text}{tail}.")
     return found
 
 

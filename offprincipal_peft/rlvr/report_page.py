@@ -68,15 +68,19 @@ tbody th .swatch{align-self:flex-start;margin-top:.6em}
 .maps{grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr))}
 .panels>div{min-width:0;max-width:380px}
 .panel{margin:0 0 2px;font-size:.85rem;font-weight:600;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.scroll{overflow-x:auto;margin:20px 0 4px;border-radius:6px}
+table{position:relative}
+.scroll{overflow-x:auto;margin:0 0 4px;border-radius:6px}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
-caption{text-align:left;font-weight:600;font-size:.95rem;padding:0 0 6px}
+caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.caption{font-weight:600;font-size:.95rem;margin:24px 0 6px}
 th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;font-size:.78rem;line-height:1.3;white-space:normal;vertical-align:bottom;
 min-width:64px}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--bg)}
-tbody th{font-weight:600;max-width:230px;white-space:normal;overflow-wrap:break-word}
+tbody th{font-weight:600}
+tbody th.long{max-width:230px;white-space:normal;overflow-wrap:break-word}
 tbody tr:hover>*{background:var(--tint)}
+table.text th{text-align:left}
 table.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
 .small{font-size:.82rem;color:var(--soft);max-width:92ch;margin:6px 0 0;line-height:1.45}
 details{margin:22px 0;border:1px solid var(--rule);border-radius:8px;padding:10px 16px}
@@ -85,7 +89,9 @@ pre{font-size:.78rem;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6em 0}
 nav{font-size:.9rem;margin-top:14px}
 a{color:inherit}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-@media(max-width:560px){main{padding:18px 14px 48px}h1{font-size:1.4rem}tbody th{max-width:130px}}
+@media(max-width:560px){main{padding:18px 14px 48px}h1{font-size:1.4rem}tbody th.long{max-width:130px}
+svg.big text{font-size:13.5px}.panels:not(.maps){grid-template-columns:1fr 1fr;gap:10px 12px}
+.panels:not(.maps) svg text{font-size:13px}}
 @media print{main{max-width:none}figure,.panels>div{break-inside:avoid}.scroll{overflow:visible}}
 """
 

@@ -32,10 +32,12 @@ class Table:
             swatch = f'<i class="swatch {style(self.colours[i])}"></i>' if self.colours else ""
             cells = "".join(f"<td>{escape(text)}</td>" for text in rest)
             name = f"<span>{swatch}<span>{escape(first)}</span></span>"
-            body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+            kind = ' class="long"' if len(first) > 24 else ""
+            body.append(f'<tr><th scope="row"{kind}>{name}</th>{cells}</tr>')
         note = f'<p class="small">{escape(self.note)}</p>' if self.note else ""
         # Focusable, so that a keyboard can scroll what is wider than the page.
         return (
+            f'<p class="caption" aria-hidden="true">{escape(self.caption)}</p>'
             f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(self.caption)}"><table>'
             f"<caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table></div>{note}"
@@ -69,6 +71,8 @@ def measured(interval: Interval | None, factor: float = 1.0) -> str:
         return _value(interval, lambda value: digits(factor * value))
     half = factor * (interval.high - interval.low) / 2
     size = max(abs(factor * interval.value), half)
+    if half < 1e-6 * size:
+        return digits(factor * interval.value, 3)
     if size < 1e-3:
         return show(interval, lambda value: digits(factor * value))
     decimals = min(6, max(0, 1 - math.floor(math.log10(half)), -math.floor(math.log10(size))))
@@ -142,9 +146,9 @@ def movement_table(study: Study) -> Table:
         for method in study.methods
     ]
     note = (
-        "KL of the trained from the untrained model, and entropy, on the trained model's own samples. Other text: change "
-        "of the loss on text that has nothing to do with the task; more is forgetting. Brackets: 95 % over seeds, where "
-        "several ran."
+        "KL of the trained from the untrained model, and entropy, on the trained model's own samples. Other text: "
+        "change of the loss on text that has nothing to do with the task; more is forgetting. Brackets: 95 % over "
+        "seeds, where several ran."
     )
     return Table("How far the model moved", header, rows, [m.colour for m in study.methods], note)
 
@@ -169,9 +173,9 @@ def update_table(study: Study) -> Table:
             ]
         )
     note = (
-        "In top U (V): the share of ‖ΔW‖² inside the leading left (right) singular vectors of the starting weights, and "
-        "what an update without direction has there. Spectral shift: normalised change of the singular values, mean over "
-        "layers. Largest angle: by which the leading left / right subspace of a layer turned."
+        "In top U (V): the share of ‖ΔW‖² inside the leading left (right) singular vectors of the starting weights, "
+        "and what an update without direction has there. Spectral shift: normalised change of the singular values, "
+        "mean over layers. Largest angle: by which the leading left / right subspace of a layer turned."
     )
     return Table("The update of the weights", header, rows, [m.colour for m in study.methods], note)
 
@@ -211,7 +215,7 @@ def cost_table(study: Study) -> Table:
         for method in study.methods
     ]
     note = "Means over seeds. State: adapter and optimiser. Times are comparable only between trials of one machine."
-    return Table("Cost", header, rows, [m.colour for m in study.methods], note)
+    return Table("Parameters, memory and time", header, rows, [m.colour for m in study.methods], note)
 
 
 def level_table(study: Study, table: LevelTable) -> Table | str:

@@ -41,7 +41,7 @@ def build_trainer(
     if needs_masked_adamw(peft_config):
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        model = get_peft_model(model, peft_config)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = MaskedAdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         options["optimizers"] = (optimizer, None)

@@ -116,11 +116,10 @@ def _train_and_evaluate(config: TrialConfig, record: dict[str, Any], stages: Sta
         stages.enter("train")
 
     clock = StepClock()
-    callbacks = [clock, measure.geometry, AtSteps(config.evaluate_every, evaluate), OnLog(log)]
+    callbacks: list[Any] = [clock, measure.geometry, AtSteps(config.evaluate_every, evaluate), OnLog(log)]
     with tempfile.TemporaryDirectory(prefix="offprincipal-") as folder:
         used = [callback for callback in callbacks if callback is not None]
         trainer = build_trainer(config, model, tokenizer, task, peft_config, folder, used)
-        measure.start(trainer.model)
         evaluate(0)
         trainer.train()
         stages.enter("evaluate")
