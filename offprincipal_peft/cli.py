@@ -188,7 +188,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _write_report(folder: Path) -> int:
-    from .rlvr.report import terminal_summary, write_report
+    from .rlvr.report import write_report
+    from .rlvr.report_terminal import terminal_summary
 
     page, text = write_report(folder)
     print(terminal_summary(folder))

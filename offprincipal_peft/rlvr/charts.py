@@ -169,10 +169,9 @@ def _axes(frame: Frame, x: Scale, y: Scale) -> str:
     parts.append(
         f'<text x="{middle:.1f}" y="{frame.height - 6:.1f}" text-anchor="middle">{escape(frame.x_label)}</text>'
     )
-    centre = (y.start + y.end) / 2
-    parts.append(
-        f'<text transform="translate(11 {centre:.1f}) rotate(-90)" text-anchor="middle">{escape(frame.y_label)}</text>'
-    )
+    if frame.y_label:
+        turned = f'transform="translate(11 {(y.start + y.end) / 2:.1f}) rotate(-90)"'
+        parts.append(f'<text {turned} text-anchor="middle">{escape(frame.y_label)}</text>')
     return "".join(parts)
 
 
@@ -235,7 +234,7 @@ def forest(title: str, label: str, bars: Sequence[Bar], line: float | None = Non
         parts.append(f'<line class="base" x1="{x(line):.1f}" x2="{x(line):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
     for i, bar in enumerate(bars):
         at = top + row * (i + 0.5)
-        text = escape(_short(bar.name, 23))
+        text = escape(_short(bar.name, 21))
         parts.append(f'<text class="name" x="{named - 10:.1f}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
         parts.append(_whisker(bar, x, at))
     middle = (x.start + x.end) / 2

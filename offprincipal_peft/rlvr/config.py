@@ -93,6 +93,8 @@ class TrialConfig:
             _number(name, getattr(self, name), above=0.0)
         for name in ("beta", "weight_decay", "dropout"):
             _number(name, getattr(self, name), least=0.0)
+        for name in ("learning_rate", "temperature", "max_grad_norm", "beta", "weight_decay", "dropout"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one trial with one id
         if self.algorithm != "sft" and self.group_size < 2:
             raise ValueError(f"group_size={self.group_size}: a group compares at least 2 completions of one prompt")
 
@@ -124,7 +126,16 @@ class TrialConfig:
 
 
 _ITEMS = ("train_items", "validation_items", "test_items")
-_AT_LEAST_ONE = ("rank", "alpha", "steps", "prompts_per_step", "max_completion_length", "evaluation_batch", *_ITEMS)
+_AT_LEAST_ONE = (
+    "rank",
+    "alpha",
+    "steps",
+    "prompts_per_step",
+    "group_size",
+    "max_completion_length",
+    "evaluation_batch",
+    *_ITEMS,
+)
 _NUMBERS = ("learning_rate", "temperature", "beta", "weight_decay", "dropout", "max_grad_norm", "k")
 
 

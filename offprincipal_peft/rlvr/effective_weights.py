@@ -8,7 +8,6 @@ O(d_out d_in k); a dense update is summed in its own precision (fp32 at least) a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,22 +15,16 @@ from torch import Tensor
 from ..geometry.spectrum import singular_values
 
 
-class Energies(NamedTuple):
-    """Squared Frobenius norms of an update and of its parts inside two subspaces."""
-
-    total: float  # ||dW||^2
-    output: float  # ||U_k^T dW||^2
-    input: float  # ||dW V_k||^2
-    both: float  # ||U_k^T dW V_k||^2
-
-
 class Update(ABC):
     """dW (d_out, d_in) of one weight."""
 
     @abstractmethod
     def energies(self, U: Tensor, V: Tensor) -> Tensor:
-        """The four :class:`Energies` as one fp64 tensor (4,) on the update's device, for orthonormal bases
-        ``U`` (d_out, k) and ``V`` (d_in, k). A tensor, so that a GPU is waited for once and not in each layer."""
+        """||dW||^2, ||U^T dW||^2, ||dW V||^2 and ||U^T dW V||^2: (4,), fp64, on the update's device.
+
+        For orthonormal ``U`` (d_out, k) and ``V`` (d_in, k) in fp32 at least. A tensor, so that a GPU is waited for
+        once and not in each layer.
+        """
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
@@ -87,10 +80,9 @@ class DenseUpdate(Update):
         self.matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
 
     def energies(self, U: Tensor, V: Tensor) -> Tensor:
-        matrix = self.matrix
-        inside = U.to(matrix.dtype).T @ matrix  # (k, d_in)
-        V = V.to(matrix.dtype)
-        parts = (matrix, inside, matrix @ V, inside @ V)
+        matrix = self.matrix.to(U.dtype)  # products no finer than the bases: in fp64 they take twice as long
+        inside = U.T @ matrix  # (k, d_in)
+        parts = (self.matrix, inside, matrix @ V, inside @ V)
         return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts])
 
     def rows(self, index: Tensor) -> Tensor:

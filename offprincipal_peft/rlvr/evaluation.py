@@ -133,9 +133,10 @@ def complete(
     """One completion of each item's prompt, greedy or sampled from the whole distribution."""
     encoded = encode(tokenizer, [item.prompt for item in items]).to(_device(model))
     ends = end_tokens(model, tokenizer, task.stop)
-    options = (
+    options: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     )
+    options["repetition_penalty"] = 1.0  # as the trainers have it: an instruct model's own would apply otherwise
     ids = model.generate(  # type: ignore[operator]
         **encoded, **options, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )

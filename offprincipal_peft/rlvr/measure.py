@@ -107,12 +107,12 @@ class Measurements:
 
     def _slope(self) -> dict[str, float | None] | None:
         """Change of the mean reward a step, with its 95 % interval; None where nothing was rewarded (SFT)."""
-        from .statistics import slope
+        from .slopes import run_slope
 
         rewards = [row["reward"] for row in self.record["curve"]]
         if len(rewards) < 4 or any(reward is None for reward in rewards):
             return None
-        found = slope(rewards)
+        found = run_slope(rewards)
         return {"value": found.value, "low": found.low, "high": found.high}
 
 
@@ -120,4 +120,5 @@ def _geometry(config: TrialConfig) -> GeometryCallback | None:
     """Observes at every evaluation; the singular bases of the pretrained weights are shared by all trials."""
     if not config.geometry:
         return None
-    return GeometryCallback(config.evaluate_every or config.steps, k=config.k, cache_dir=cache_folder() / "bases")
+    k = int(config.k) if config.k >= 1 else config.k
+    return GeometryCallback(config.evaluate_every or config.steps, k=k, cache_dir=cache_folder() / "bases")

@@ -166,6 +166,7 @@ def _from_file(path: Path) -> Method:
     """A config file's own fields win; rank, alpha, dropout and targets that it leaves out are the trial's."""
     fields = _read_config(path)
     kind = fields.pop("peft_type", None)
+    fields.pop("inference_mode", None)  # true in every saved adapter: nothing would train
     known = {str(getattr(name, "value", name)): cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if kind not in known:
         raise MethodError(f"{path}: peft_type is {kind!r}; it is one of {', '.join(sorted(known))}")

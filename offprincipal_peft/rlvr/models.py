@@ -56,7 +56,10 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device={name!r}: torch sees no CUDA device here; device='cpu' works everywhere")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device={name!r}: auto, cpu or cuda ({error})") from None
 
 
 def small_model() -> Path:

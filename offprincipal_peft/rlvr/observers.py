@@ -62,7 +62,7 @@ class FactorObserver(LayerObserver):
         self.layer = layer
         factors = self._factors()
         is_zero = not bool((FactoredUpdate(*factors).energies(*_empty_bases(factors))[0] > 0).item())
-        self._start = None if since == "base" or is_zero else tuple(_kept(factor) for factor in factors)
+        self._start = None if since == "base" or is_zero else (_kept(factors[0]), _kept(factors[1]))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """(d_out, R) and (R, d_in), fp32 at least, scaling included."""
@@ -263,11 +263,22 @@ def effective_weight(layer: Any) -> Tensor:
         return base_weight(layer)
     if layer.merged:
         return _oriented(layer.get_base_layer())
-    twin = copy.deepcopy(layer)
-    if not _rounds_in_forward(layer):
-        twin.to(torch.float64)
+    twin = _copy(layer, None if _rounds_in_forward(layer) else torch.float64)
     twin.merge(adapter_names=live)
     return _oriented(twin.get_base_layer())
+
+
+def _copy(layer: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of an unmerged layer to merge in; the base's parameters are copied once, into ``dtype`` where given."""
+    base = layer.base_layer
+    twin_base = copy.copy(base)
+    twin_base._parameters = {
+        name: None if p is None else nn.Parameter(p.detach().to(dtype=dtype, copy=True), requires_grad=False)
+        for name, p in base._parameters.items()
+    }
+    twin_base._buffers = {name: None if b is None else b.detach().clone() for name, b in base._buffers.items()}
+    twin = copy.deepcopy(layer, {id(base): twin_base})
+    return twin if dtype is None else twin.to(dtype)
 
 
 def _rounds_in_forward(layer: Any) -> bool:
@@ -353,7 +364,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
             inside = (*inside, f"{path}.")
             names: Any = module._get_available_adapters()
             if set(names) & {*module.active_adapters, *module.merged_adapters}:
-                found[_plain_name(path)] = module  # type: ignore[assignment]
+                found[_plain_name(path)] = module
         elif isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
             found[_plain_name(path)] = module
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class SweepProgress:
             recent = trial.rewards[-LINE_EVERY:]
             mean = sum(recent) / len(recent)
             return (
-                f"step {event['step']:3d}/{event['steps']}  {label} {mean:6.3f}  {spark(trial.rewards)}"
+                f"step {event['step']:3d}/{event['steps']}  {label} {mean:6.3f}  {spark(trial.rewards[-40:])}"
                 if shown
                 else ""
             )
@@ -96,6 +97,7 @@ class SweepProgress:
         )
 
     def _table(self) -> Any:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"{time.monotonic() - self.begun:.0f} s", title_justify="left", box=None, pad_edge=False)
@@ -106,7 +108,8 @@ class SweepProgress:
             last = f"{trial.rewards[-1]:.2f}" if trial.rewards else ""
             scores = " → ".join(f"{value:.1%}" for value in trial.accuracy)
             step = f"{trial.step}/{trial.steps}" if trial.steps else ""
-            table.add_row(trial.name, trial.state, step, spark(trial.rewards[-40:]), last, scores or trial.message[:60])
+            row = (trial.name, trial.state, step, spark(trial.rewards[-40:]), last, scores or trial.message[:60])
+            table.add_row(*map(escape, row))  # [...] in a label or a message is no markup
         return table
 
     def _say(self, text: str) -> None:
@@ -115,6 +118,7 @@ class SweepProgress:
 
 def spark(values: list[float]) -> str:
     """The values as a line of bars, from the smallest to the largest of them (rewards: from 0 to 1)."""
+    values = [value for value in values if math.isfinite(value)]  # a loss may overflow
     if not values:
         return ""
     low, high = min(0.0, *values), max(1.0, *values) if max(values) <= 1 else max(values)

@@ -167,8 +167,9 @@ def _study_html(study: Study) -> str:
         parts.append("<h2>How far for how much</h2>")
         parts.append(f'<div class="pair">{trade_off(study, "kl")}{trade_off(study, "update_norm")}</div>')
         parts += [table.html() if isinstance(table, Table) else f"<p>{escape(table)}</p>" for table in matched]
-        parts += [movement_table(study).html(), "<h2>Where the update lies</h2>", update_table(study).html()]
-        parts.append(layer_maps(study))
+        parts.append(movement_table(study).html())
+        if (update := update_table(study)) is not None:
+            parts += ["<h2>Where the update lies</h2>", update.html(), layer_maps(study)]
         if rates is not None:
             pair = f'<div class="pair">{rate_sensitivity(study)}<div>{rates.html()}</div></div>'
             parts += ["<h2>Learning rates</h2>", pair]

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from .slopes import run_slope
 from .statistics import (
     Difference,
     Interval,
@@ -24,7 +25,6 @@ from .statistics import (
     method_names,
     paired_difference,
     select_learning_rates,
-    slope,
 )
 
 Record = dict[str, Any]
@@ -205,7 +205,7 @@ def _row(method: Method, reference: Method | None) -> Row:
 
 def _reward_slope(method: Method) -> Interval | None:
     steps, values = mean_curve(method.trials, "reward")
-    return slope(values.mean(axis=0).tolist(), steps) if len(steps) >= 2 else None
+    return run_slope(values.mean(axis=0).tolist(), steps) if len(steps) >= 2 else None
 
 
 def _matched(methods: Sequence[Method], reference: Method | None, quantity: str) -> LevelTable:

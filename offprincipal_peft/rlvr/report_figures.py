@@ -71,9 +71,11 @@ def reward_curves(study: Study) -> str:
         if len(values) == 1:
             spread = dict(zip(*curve(method.trials[0], "reward_std"), strict=True))
             known = all(step in spread for step in steps)
-            width = np.asarray([spread.get(step, 0.0) for step in steps])
+            config = method.trials[0]["config"]
+            completions = config["prompts_per_step"] * config["group_size"]
+            width = 2 * np.asarray([spread.get(step, 0.0) for step in steps]) / math.sqrt(completions)
             low, high = (mean - width, mean + width) if known else (None, None)
-            bands |= {"the standard deviation of rewards within a group (one seed)"} if known else set()
+            bands |= {"two standard errors, completions taken as independent (one seed)"} if known else set()
         else:
             bands.add("from the lowest to the highest seed")
         band = [None if side is None else side.tolist() for side in (low, high)]
@@ -83,7 +85,7 @@ def reward_curves(study: Study) -> str:
     text = "Mean reward of each step's completions."
     text += f" Band: {' or '.join(sorted(bands))}." if bands else ""
     frame = Frame("Training reward", "step", "reward", whole_x=True, width=560.0)
-    apart = len(series) > 2 and any("group" in band for band in bands)
+    apart = len(series) > 4 and bool(bands)
     return _together_or_apart("Training reward.", text, frame, series, study.methods, apart)
 
 

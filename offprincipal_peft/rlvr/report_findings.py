@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .report_data import Record, Row, Study, config_fields
+from .report_data import Record, Row, Study, config_fields, evaluations
 from .report_tables import digits, per_cent, show
 from .statistics import LEVEL, Difference, Interval, holm, paired_difference, points, statement
 
@@ -48,6 +48,9 @@ def cautions(study: Study) -> list[str]:
         found.append(
             f"{names(unpaired)} could not be compared item by item: the test items differ or are not recorded."
         )
+    fewest = min((len(evaluations(trial)) for trial in chosen), default=0)
+    if any(table.cells for table in study.matched) and fewest < 4:
+        found.append(f"Matched figures are read between only {fewest} evaluations of a trial: evaluate more often.")
     missing = [row.method.name for row in study.rows if row.method.geometry("share_output") is None]
     if missing and len(missing) < len(study.rows):
         found.append(f"No geometry was recorded for {names(missing)}.")

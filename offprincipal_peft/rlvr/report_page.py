@@ -15,7 +15,7 @@ _CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 64px;overflow-wrap:break-word}
+main{max-width:1080px;margin:0 auto;padding:28px 20px 64px;overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .2em;letter-spacing:-.01em}
 h2{font-size:1.25rem;margin:2.4em 0 .5em;line-height:1.3}
 header+h2{margin-top:1.6em}
@@ -55,6 +55,7 @@ svg .mark circle{fill:var(--c)}
 svg .cell{fill:var(--cell)}
 svg .hot{fill:var(--hot)} svg .cold{fill:var(--cold)} svg .accent{fill:var(--accent)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:6px 0 0;padding:0;font-size:.85rem}
+.legend li{display:flex;align-items:center}
 .swatch{display:inline-block;width:14px;height:0;border-top:4px solid var(--c);border-radius:2px;margin-right:7px;
 vertical-align:middle;flex:none}
 tbody th>span{display:flex;align-items:baseline}
@@ -70,7 +71,7 @@ tbody th .swatch{align-self:flex-start;margin-top:.6em}
 .panel{margin:0 0 2px;font-size:.85rem;font-weight:600;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 table{position:relative}
 .scroll{overflow-x:auto;margin:0 0 4px;border-radius:6px}
-table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+table{overflow-wrap:normal;border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
 caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .caption{font-weight:600;font-size:.95rem;margin:24px 0 6px}
 th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
@@ -78,7 +79,8 @@ thead th{color:var(--soft);font-weight:500;font-size:.78rem;line-height:1.3;whit
 min-width:64px}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--bg)}
 tbody th{font-weight:600}
-tbody th.long{max-width:230px;white-space:normal;overflow-wrap:break-word}
+tbody th.long{min-width:130px;max-width:230px;white-space:normal}
+tbody th.long span{min-width:0;overflow-wrap:anywhere}
 tbody tr:hover>*{background:var(--tint)}
 table.text th{text-align:left}
 table.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}

@@ -66,7 +66,7 @@ def show(interval: Interval | None, form: Callable[[float], str], unit: str = ""
 
 
 def measured(interval: Interval | None, factor: float = 1.0) -> str:
-    """A quantity times ``factor`` with as many decimals as its interval deserves: "0.697 [0.672, 0.721]"."""
+    """A quantity times ``factor`` with one or two digits of its interval's width: "0.697 [0.672, 0.721]"."""
     if interval is None or interval.low is None or interval.high is None or interval.low == interval.high:
         return _value(interval, lambda value: digits(factor * value))
     half = factor * (interval.high - interval.low) / 2
@@ -75,8 +75,10 @@ def measured(interval: Interval | None, factor: float = 1.0) -> str:
         return digits(factor * interval.value, 3)
     if size < 1e-3:
         return show(interval, lambda value: digits(factor * value))
-    decimals = min(6, max(0, 1 - math.floor(math.log10(half)), -math.floor(math.log10(size))))
-    return show(interval, lambda value: f"{factor * value:.{min(decimals, 4)}f}".replace("-", "−"))
+    first = math.floor(math.log10(half))
+    decimals = (1 if half < 3.55 * 10.0**first else 0) - first
+    decimals = min(4, max(0, decimals, -math.floor(math.log10(size))))
+    return show(interval, lambda value: f"{factor * value:.{decimals}f}".replace("-", "−"))
 
 
 def per_cent(share: float) -> str:
@@ -107,7 +109,7 @@ def accuracy_table(study: Study) -> Table:
     several = study.comparisons > 0
     header = ["method", "learning rate", "seeds", "validation, %", "test, % [95 %]", "over untrained, points [95 %]"]
     header += [f"over {other}, points [95 %]", "p (Holm)"] if several else []
-    header += ["reward per 100 steps [95 %]"]
+    header += ["reward / 10 steps [95 %]"]
     rows = []
     for row in study.rows:
         method = row.method
@@ -119,11 +121,11 @@ def accuracy_table(study: Study) -> Table:
             reference = method is study.reference
             cells += ["reference" if reference else show(row.difference, points)]
             cells += [NONE if row.adjusted_p is None else p_text(row.adjusted_p)]
-        rows.append([*cells, measured(row.slope, 100)])
+        rows.append([*cells, measured(row.slope, 10)])
     note = (
         "Each method at the learning rate of its best validation accuracy. Intervals count other items and, with "
         "several seeds, other seeds; each is for its own pair, and Holm's p is for all pairs with the reference "
-        "together. The reward's slope allows for autocorrelated steps."
+        "together. The reward's slope is the run's own: its interval holds the noise of prompts and samples."
     )
     return Table("Accuracy", header, rows, [row.method.colour for row in study.rows], note)
 
@@ -153,8 +155,8 @@ def movement_table(study: Study) -> Table:
     return Table("How far the model moved", header, rows, [m.colour for m in study.methods], note)
 
 
-def update_table(study: Study) -> Table:
-    """How large the update of the weights is, and where it lies."""
+def update_table(study: Study) -> Table | None:
+    """How large the update of the weights is, and where it lies; None where that was not measured."""
     header = ["method", "‖ΔW‖", "‖ΔW‖/‖W‖, %", "in top U, % (random)", "in top V, % (random)", "unchanged in bf16, %"]
     header += ["spectral shift", "largest angle U / V, °"]
     rows = []
@@ -177,6 +179,8 @@ def update_table(study: Study) -> Table:
         "and what an update without direction has there. Spectral shift: normalised change of the singular values, "
         "mean over layers. Largest angle: by which the leading left / right subspace of a layer turned."
     )
+    if all(cell == NONE for row in rows for cell in row[1:]):
+        return None
     return Table("The update of the weights", header, rows, [m.colour for m in study.methods], note)
 
 

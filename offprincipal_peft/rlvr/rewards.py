@@ -74,7 +74,11 @@ def score(verifier: Verifier, completions: list[str], columns: dict[str, list[An
     """
     name = getattr(verifier, "__name__", type(verifier).__name__)
     values = verifier(completions=completions, **columns)
-    if isinstance(values, str) or not hasattr(values, "__len__"):
+    if (
+        isinstance(values, (str, bytes, dict, set))
+        or getattr(values, "shape", None) == ()
+        or not hasattr(values, "__len__")
+    ):
         raise RewardError(f"reward function {name} returned {type(values).__name__}; it returns a list of floats")
     if len(values) != len(completions):
         raise RewardError(f"reward function {name} returned {len(values)} values for {len(completions)} completions")
@@ -101,7 +105,7 @@ def text_of(completion: str | list[dict[str, str]]) -> str:
 def _finite(value: Any, name: str, completion: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         number = math.nan
     if not math.isfinite(number):
         raise RewardError(

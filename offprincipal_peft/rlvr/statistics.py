@@ -1,8 +1,7 @@
-"""How sure a comparison is: intervals for curves, accuracies and differences, and the sentences that they allow.
+"""How sure a comparison is: intervals for accuracies and differences, and the sentences that they allow.
 
-Every interval was chosen by its simulated coverage (``tests/rlvr/test_statistics.py`` repeats the simulations). The
-usual Newey–West interval for a reward curve's slope covered 69 % instead of 95 % on 14 points with autocorrelation 0.6;
-the one used here averages over the autocorrelation instead of estimating it, and covers 95 %.
+Every interval was chosen by its simulated coverage (``tests/rlvr/test_statistics.py`` repeats the simulations). Those
+of a reward curve's slope are in :mod:`.slopes`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,11 @@ import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 LEVEL = 0.95
-# Autocorrelations that a slope's interval averages over. Wider than 0.98 a trend and a random walk look the same.
-_RHO = np.linspace(-0.95, 0.98, 40)
 
 
 @dataclass(frozen=True)
@@ -44,86 +40,13 @@ class Difference(Interval):
     seeds: int
 
 
-def slope(values: Sequence[float], x: Sequence[float] | None = None, level: float = LEVEL) -> Interval:
-    """Change of ``values`` (n,) per unit of ``x`` (n,; 0, 1, … by default), honest about autocorrelated points.
-
-    Straight line with AR(1) noise: at each autocorrelation ρ of a grid the generalised least squares slope has a t
-    distribution with n − 2 degrees of freedom; these are averaged with the restricted likelihood of ρ as weights
-    (Harville 1974; a flat prior on ρ). Neighbouring points are taken to be one step apart, whatever ``x`` says.
-    Simulated coverage of 95 % intervals: n = 14: 0.97, 0.95, 0.89 at ρ = 0, 0.6, 0.8; n = 60: 0.96, 0.95, 0.96.
-
-    With fewer than 4 points there is no interval. Raises ``ValueError`` for fewer than 2 points, unequal lengths,
-    a constant ``x`` or numbers that are not finite.
-    """
-    y, at = _checked_curve(values, x)
-    n = len(y)
-    centred = at - at.mean()
-    plain = float(centred @ (y - y.mean()) / (centred @ centred))
-    rest = y - y.mean() - plain * centred
-    if n < 4:
-        return Interval(plain, None, None, level, n)
-    if rest @ rest <= (1e-12 * np.abs(y).max()) ** 2 * n:  # the line goes through every point
-        return Interval(plain, plain, plain, level, n)
-    inverses, logdets = _precisions(n)
-    design = np.stack([np.ones(n), centred], axis=1)
-    information = np.einsum("ia,gij,jb->gab", design, inverses, design)
-    solved = np.linalg.solve(information, np.einsum("ia,gij,j->ga", design, inverses, y)[..., None])[..., 0]
-    residuals = y - solved @ design.T
-    quadratic = np.einsum("gi,gij,gj->g", residuals, inverses, residuals)
-    weight = -0.5 * (logdets + np.linalg.slogdet(information)[1]) - 0.5 * (n - 2) * np.log(quadratic)
-    weight = np.exp(weight - weight.max())
-    weight /= weight.sum()
-    error = np.sqrt(quadratic / (n - 2) * np.linalg.inv(information)[:, 1, 1])
-    low, high = (_mixture_quantile(weight, solved[:, 1], error, n - 2, q) for q in _tails(level))
-    return Interval(float(weight @ solved[:, 1]), low, high, level, n)
-
-
-def _checked_curve(values: Sequence[float], x: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    y = np.asarray(values, dtype=float)
-    at = np.arange(len(y), dtype=float) if x is None else np.asarray(x, dtype=float)
-    if y.ndim != 1 or at.shape != y.shape:
-        raise ValueError(f"a slope needs values and x of one length, not shapes {y.shape} and {at.shape}")
-    if len(y) < 2:
-        raise ValueError(f"a slope needs at least 2 points, not {len(y)}")
-    if not (np.isfinite(y).all() and np.isfinite(at).all()):
-        raise ValueError("a slope needs finite numbers; leave out the points that have none")
-    if np.ptp(at) == 0:
-        raise ValueError("a slope needs different x, all are equal")
-    return y, at
-
-
-@lru_cache(maxsize=16)
-def _precisions(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse AR(1) correlation matrices (grid, n, n) and the correlations' log determinants (grid,)."""
-    inverses = np.zeros((len(_RHO), n, n))
-    steps = np.arange(n)
-    inverses[:, steps, steps] = (1 + _RHO**2)[:, None]
-    inverses[:, [0, -1], [0, -1]] = 1.0
-    inverses[:, steps[1:], steps[:-1]] = inverses[:, steps[:-1], steps[1:]] = -_RHO[:, None]
-    return inverses / (1 - _RHO**2)[:, None, None], (n - 1) * np.log(1 - _RHO**2)
-
-
-def _mixture_quantile(weight: np.ndarray, centre: np.ndarray, error: np.ndarray, df: int, q: float) -> float:
-    """The q quantile of a mixture of t distributions, by bisection between its parts' quantiles."""
-    t = _scipy("stats").t
-    parts = centre + error * t.ppf(q, df)
-    low, high = float(parts.min()), float(parts.max())
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        if float(weight @ t.cdf((middle - centre) / error, df)) < q:
-            low = middle
-        else:
-            high = middle
-    return 0.5 * (low + high)
-
-
 def proportion(correct: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
     """Share of ones in ``correct`` (items,) with Wilson's score interval (Wilson 1927)."""
     x = _matrix(correct, "correct")[0] if np.ndim(correct) == 1 else None
     if x is None:
         raise ValueError(f"a proportion needs one row of 0 and 1, not shape {np.shape(correct)}")
     n, share = len(x), float(x.mean())
-    z = float(_scipy("stats").norm.ppf(_tails(level)[1]))
+    z = float(scipy_module("stats").norm.ppf(tails(level)[1]))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half), level, n)
@@ -139,7 +62,7 @@ def mean_accuracy(correct: np.ndarray | Sequence[Sequence[float]], level: float 
         return proportion(x[0], level)
     padded = np.concatenate([x, np.tile([1.0, 1.0, 0.0, 0.0], (len(x), 1))], axis=1)
     variance, df = _crossed([padded], [1.0])
-    half = float(_scipy("stats").t.ppf(_tails(level)[1], df)) * math.sqrt(variance)
+    half = float(scipy_module("stats").t.ppf(tails(level)[1], df)) * math.sqrt(variance)
     centre = float(padded.mean())
     return Interval(float(x.mean()), max(0.0, centre - half), min(1.0, centre + half), level, x.shape[1])
 
@@ -149,7 +72,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     x = _matrix(values, "values")[0]
     if len(x) == 1:
         return Interval(float(x[0]), None, None, level, 1)
-    half = float(_scipy("stats").t.ppf(_tails(level)[1], len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    half = float(scipy_module("stats").t.ppf(tails(level)[1], len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, level, len(x))
 
 
@@ -181,9 +104,9 @@ def paired_difference(a: Any, b: Any, *, same_seeds: bool = True, level: float =
         variance, df = _crossed([sides[0].mean(axis=0, keepdims=True) - sides[1].mean(axis=0, keepdims=True)], [1.0])
     else:
         variance, df = _crossed(sides, [1.0, -1.0])
-    t = _scipy("stats").t
+    t = scipy_module("stats").t
     centre, error = float(sides[0].mean() - sides[1].mean()), math.sqrt(variance)
-    half = float(t.ppf(_tails(level)[1], df)) * error
+    half = float(t.ppf(tails(level)[1], df)) * error
     p = float(2 * t.sf(abs(centre) / error, df))
     return Difference(value, max(-1.0, centre - half), min(1.0, centre + half), level, first.shape[1], p, seeds)
 
@@ -368,14 +291,14 @@ def _matrix(values: Any, name: str) -> np.ndarray:
     return x
 
 
-def _tails(level: float) -> tuple[float, float]:
+def tails(level: float) -> tuple[float, float]:
     if not 0 < level < 1:
         raise ValueError(f"level={level!r}: a confidence level lies between 0 and 1")
     return (1 - level) / 2, (1 + level) / 2
 
 
-def _scipy(module: str) -> Any:
+def scipy_module(module: str) -> Any:
     try:
         return importlib.import_module(f"scipy.{module}")
     except ImportError:
-        raise ImportError("the statistics need scipy: pip install scipy") from None
+        raise ImportError("the statistics need scipy: pip install 'offprincipal-peft[compare]'") from None

@@ -46,8 +46,11 @@ def trial_command(
         return [*command, *paths]
     if command[0] != sys.executable:
         raise ValueError(f"{command[0]}: accelerate launches Python modules and scripts only, with {sys.executable}")
-    # Port 0 is a free one: trials run side by side.
-    flags = {"main_process_port": 0, "num_cpu_threads_per_process": threads, **resources.accelerate}
+    flags = {"num_cpu_threads_per_process": threads, **resources.accelerate}
+    if flags["num_processes"] > 1:
+        flags.setdefault("main_process_port", 0)  # a free one: trials run side by side
+        if not any(name.startswith("use_") or name == "tpu" for name in flags):
+            flags.setdefault("multi_gpu", True)  # without it, and without a GPU, it starts one process and says nothing
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     for name, value in flags.items():
         if value is True:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import tempfile
 import uuid
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from .sweep_results import Results
 from .sweep_spec import Resources, SweepSpec
 
 _LOCAL: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 * 1024 * 1024}  # records are small
+CONNECT_WAIT = 10.0  # seconds for the cluster's port to answer
 _MOST_LOG = 1 << 20  # bytes of a trial's log that travel
 
 
@@ -44,8 +46,7 @@ class RayRunner:
     """Runs trials as tasks of a cluster.
 
     Attributes:
-        address: as ``ray.init`` takes it; "local" starts a cluster on this machine. A connection that the calling
-            program has is used as it is.
+        address: as ``ray.init`` takes it; "local" starts a cluster on this machine.
         command: as for local trials; it has to exist on every worker.
     """
 
@@ -61,14 +62,18 @@ class RayRunner:
         self.token = self.folder.work / f"token-{uuid.uuid4().hex}"
 
     def run(self, pending: list[TrialConfig]) -> None:
-        """Run every trial; returns when each has a record. An exception, Ctrl-C as well, cancels those that run."""
+        """Run every trial; returns when each has a record. An exception, Ctrl-C as well, ends those that run.
+
+        The connection is the sweep's own, because closing it is what ends the trials: ``ray.cancel`` of a task that
+        gets its worker just then aborts the driver (seen with Ray 2.60, "Tried to complete task that was not pending").
+        """
         ray = import_ray()
-        connected = ray.is_initialized()
-        if not connected:
-            self._connect(ray)
-        self.token.touch()
+        if ray.is_initialized():
+            raise SweepError("this program is connected to a Ray cluster already: call ray.shutdown() before the sweep")
+        self._connect(ray)
         running: dict[Any, tuple[TrialConfig, int]] = {}
         try:
+            self.token.touch()
             for config in pending:
                 running[self._submit(ray, config, 1)] = config, 1
             while running:
@@ -79,14 +84,20 @@ class RayRunner:
                         running[self._submit(ray, config, attempt + 1)] = config, attempt + 1
                     del running[task]
         finally:
-            for task in running:
-                ray.cancel(task, force=True)
             self.token.unlink(missing_ok=True)
-            if not connected:
-                ray.shutdown()
+            ray.shutdown()
 
     def _connect(self, ray: Any) -> None:
-        options = _LOCAL if self.address == "local" else {}
+        options = {}
+        host, colon, port = self.address.removeprefix("ray://").rpartition(":")
+        if colon and port.isdigit():  # Ray itself tries for minutes, and then ends the program
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WAIT).close()
+            except OSError as error:
+                raise SweepError(f"--ray {self.address}: nothing answers there ({error})") from None
+        if self.address == "local":
+            options = _LOCAL
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of this sweep's own reports to nobody
         if not self.address.startswith("ray://"):  # Ray's client takes none of these
             options = {**options, "log_to_driver": False, "logging_level": "warning"}
         try:

@@ -253,6 +253,8 @@ def _resources(given: Any, lines: Lines) -> Resources:
         count = flags.get("num_processes")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             lines.fail(where, f"num_processes={count!r}: accelerate needs the number of processes, at least 1")
+        if flags.get("cpu") and count > 1 and "mpirun_hostfile" not in flags:
+            lines.fail(where, "with 'cpu' accelerate starts one process only (several need MPI); leave 'cpu' out")
         for name, value in flags.items():
             if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)) or not isinstance(value, (str, int, float, bool)):
                 lines.fail((*where, name), f"{name}: {value!r} is no flag of 'accelerate launch' with its value")

@@ -129,7 +129,7 @@ def _divide(items: Iterable[Item], sizes: dict[str, int]) -> Splits:
 
 def _read(path: Path, prompt: str, answer: str, chat: bool) -> list[Item]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
     except OSError as error:
         raise TaskError(f"{path}: {error.strerror or error}") from None
     items = [_item(line, f"{path}, line {n}", prompt, answer, chat) for n, line in enumerate(lines, 1) if line.strip()]

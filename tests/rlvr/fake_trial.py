@@ -9,7 +9,7 @@ modules that it needs by their files, so that torch is not imported.
 --fail TRIAL        write a record that says "failed"
 --wait FILE         wait for this file after the first step
 --deaf              ignore SIGTERM
-TRIAL is a label.
+TRIAL is a label. Of several processes under torchrun the first is the trial; the others only note that they ran.
 """
 
 import argparse
@@ -90,6 +90,11 @@ def main() -> int:
         if options.hold == f"{label}:{name}:{seen[name]}":
             stay()
 
+    if int(os.environ.get("RANK", "0")):
+        write(options.ledger, "rank", trial_id, os.getpid())
+        if options.hold:
+            stay()
+        return 0
     runs = earlier_runs(options.ledger, trial_id)
     if any(map(is_alive, runs)):
         write(options.ledger, "overlap", trial_id, os.getpid())

@@ -353,3 +353,25 @@ def test_k_that_is_the_whole_space_is_refused_with_the_layer() -> None:
     observer = observe_layers(_host("lora", torch.float32))[0][0]
     with pytest.raises(ValueError, match=r"q_proj has shape 32 x 32: k=32"):
         LayerGeometry(observer, 32, 8, None, 0)
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_quantised_base_is_read_dequantised(kind: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = tiny()
+    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name in [n for n, _ in model.named_modules() if n.endswith("q_proj")]:
+        layer = getattr(bnb.nn, kind)(32, 32, bias=False, **({"has_fp16_weights": False} if "8" in kind else {}))
+        weight = bnb.nn.Int8Params if "8" in kind else bnb.nn.Params4bit
+        layer.weight = weight(dense[f"{name}.weight"].clone(), requires_grad=False)
+        model.set_submodule(name, layer.to("cpu"))
+    host = get_peft_model(model, peft.LoraConfig(**{**LORA, "target_modules": ["q_proj"], "init_lora_weights": False}))
+    for layer in _geometries(host, since="base"):
+        assert layer.observer.kind == "factors"
+        assert (
+            relative_error(layer.observer.start(), dense[f"{layer.name}.weight"]) <= 0.25
+        )  # seen 0.006 (8 bit), 0.21 (4 bit)
+        tuned = host.base_model.model.get_submodule(layer.name)
+        update = 2 * tuned.lora_B["default"].weight @ tuned.lora_A["default"].weight
+        assert layer.final()["update_norm"] == pytest.approx(float(update.norm()), rel=1e-6)

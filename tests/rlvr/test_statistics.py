@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+
 from rlvr.records_sample import failed_record, record, sweep
 
 stats = pytest.importorskip("scipy.stats")
 
-from offprincipal_peft.rlvr import statistics  # noqa: E402
+from offprincipal_peft.rlvr import slopes  # noqa: E402
+from offprincipal_peft.rlvr.slopes import slope  # noqa: E402
 from offprincipal_peft.rlvr.statistics import (  # noqa: E402
     Difference,
     at_level,
@@ -23,7 +25,6 @@ from offprincipal_peft.rlvr.statistics import (  # noqa: E402
     points,
     proportion,
     select_learning_rates,
-    slope,
     statement,
 )
 
@@ -62,8 +63,9 @@ def coverage(n: int, rho: float, count: int) -> tuple[float, float]:
     return ours / count, theirs / count
 
 
-# Observed with 4000 draws each: ours 0.972, 0.951, 0.963, 0.951; Newey–West 0.857, 0.667, 0.933, 0.800.
-@pytest.mark.parametrize(("n", "rho", "others"), [(14, 0.0, 0.92), (14, 0.6, 0.78), (60, 0.0, 0.97), (60, 0.6, 0.87)])
+# Observed with 250 draws: ours 0.968, 0.932, 0.948, 0.968; Newey–West 0.844, 0.704, 0.912, 0.784.
+# With 2000: ours 0.970, 0.940, 0.960, 0.953; Newey–West 0.854, 0.672, 0.922, 0.799.
+@pytest.mark.parametrize(("n", "rho", "others"), [(14, 0.0, 0.92), (14, 0.6, 0.78), (60, 0.0, 0.94), (60, 0.6, 0.87)])
 def test_slope_covers_what_it_promises_and_newey_west_does_not(n: int, rho: float, others: float) -> None:
     ours, theirs = coverage(n, rho, 250)
     assert ours >= 0.92  # 0.95 less two standard errors of 250 draws
@@ -71,8 +73,8 @@ def test_slope_covers_what_it_promises_and_newey_west_does_not(n: int, rho: floa
 
 
 def test_slope_without_autocorrelation_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    statistics._precisions.cache_clear()
-    monkeypatch.setattr(statistics, "_RHO", np.zeros(1))
+    slopes._precisions.cache_clear()
+    monkeypatch.setattr(slopes, "_RHO", np.zeros(1))
     rng = np.random.default_rng(0)
     for n in (4, 5, 14):
         x = np.sort(rng.uniform(0, 50, n))
@@ -83,7 +85,7 @@ def test_slope_without_autocorrelation_is_least_squares(monkeypatch: pytest.Monk
         np.testing.assert_allclose(
             [found.value, found.low, found.high], [twin.slope, twin.slope - half, twin.slope + half], rtol=1e-9
         )
-        statistics._precisions.cache_clear()
+        slopes._precisions.cache_clear()
 
 
 def test_slope_is_the_average_over_autocorrelations() -> None:
@@ -91,7 +93,7 @@ def test_slope_is_the_average_over_autocorrelations() -> None:
     y = ar1(np.random.default_rng(8), 16, 0.5) + 0.05 * np.arange(16)
     design = np.stack([np.ones(16), np.arange(16.0)], axis=1)
     weights, rates, errors = [], [], []
-    for rho in statistics._RHO:
+    for rho in slopes._RHO:
         correlation = rho ** np.abs(np.subtract.outer(np.arange(16), np.arange(16)))
         inverse = np.linalg.inv(correlation)
         information = design.T @ inverse @ design
@@ -193,7 +195,7 @@ def naive(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return d.mean() - half, d.mean() + half
 
 
-# Observed with 1000 draws: paired 0.953, 0.958, 0.934 (0.982 without a seed effect); unpaired 0.953, 0.968, 0.957.
+# Observed: paired 0.948, 0.958, 0.953; unpaired 0.948, 0.965, 0.953; a method's own accuracy 0.950, 0.953, 0.958.
 @pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (3, 0.2), (5, 0.4)])
 def test_paired_difference_covers_what_it_promises(seeds: int, spread: float) -> None:
     rng, truth = np.random.default_rng(4), true_gain(0.3, spread)
@@ -211,7 +213,7 @@ def test_paired_difference_covers_what_it_promises(seeds: int, spread: float) ->
     shares = {name: count / 400 for name, count in hits.items()}
     assert min(shares["paired"], shares["unpaired"], shares["accuracy"]) >= 0.915, shares
     if spread == 0.4:
-        assert shares["naive"] < 0.8, shares  # observed: 0.56; the check sees what ignores the seeds
+        assert shares["naive"] < 0.8, shares  # observed: 0.635; the check sees what ignores the seeds
 
 
 def true_accuracy(gain: float, seed_spread: float) -> float:

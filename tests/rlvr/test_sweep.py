@@ -275,12 +275,16 @@ def test_trial_that_writes_no_record_says_why(tmp_path: Path) -> None:
 
 
 def test_command_of_a_trial_on_several_processes() -> None:
-    resources = Resources(accelerate={"num_processes": 4, "multi_gpu": True, "cpu": False, "mixed_precision": "bf16"})
+    resources = Resources(accelerate={"num_processes": 4, "mixed_precision": "bf16", "main_process_port": 7})
     command = trial_command(resources, 2, None, Path("c.json"), Path("o.json"))
     assert command == [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
-        *("--num_cpu_threads_per_process", "2", "--num_processes", "4", "--multi_gpu", "--mixed_precision", "bf16"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "2"),
+        *("--num_processes", "4", "--mixed_precision", "bf16", "--main_process_port", "7", "--multi_gpu"),
         *("-m", "offprincipal_peft.rlvr.trial", "c.json", "o.json"),
+    ]
+    sharded = Resources(accelerate={"num_processes": 2, "use_fsdp": True, "debug": False})
+    assert trial_command(sharded, 1, None, Path("c"), Path("o"))[5:] == [
+        *("--num_processes", "2", "--use_fsdp", "--main_process_port", "0", "-m", sweep_process.MODULE, "c", "o")
     ]
     assert trial_command(Resources(), 2, None, Path("c"), Path("o"))[1:] == ["-m", sweep_process.MODULE, "c", "o"]
     with pytest.raises(ValueError, match="accelerate launches Python modules and scripts only"):

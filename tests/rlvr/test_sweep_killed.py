@@ -31,6 +31,7 @@ SPEC = {
     "base": {"learning_rate": 1e-3, "steps": 3},
     "methods": [{"method": "lora", "label": f"t{index}", "rank": index + 1} for index in range(6)],
 }
+ACCELERATE = {"num_processes": 2}
 PATIENCE = 60.0  # seconds until a test gives up; no result depends on it
 
 
@@ -356,3 +357,24 @@ def test_trial_that_is_always_killed_is_recorded_as_failed(tmp_path: Path) -> No
     assert len([line for line in ledger.lines() if line[:2] == ["start", outcome.failed[0]]]) == 2
     mended = run_sweep(SweepSpec.from_dict(SPEC), folder, command=[sys.executable, str(FAKE)], rerun_failed=True)
     assert (mended.failed, len(mended.skipped)) == ([], 5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the launcher is only asked to end its workers")
+def test_launched_workers_end_with_the_sweep(tmp_path: Path) -> None:
+    """torchrun puts its workers in sessions of their own; a trial on two processes leaves none of them behind."""
+    folder, ledger = tmp_path / "sweep", Ledger(tmp_path / "ledger")
+    spec = SweepSpec.from_dict({**SPEC, "methods": SPEC["methods"][:1], "resources": {"accelerate": ACCELERATE}})
+    with Killable(spec, folder, ["--ledger", str(ledger.path), "--hold", "t0:step:2"]) as sweep:
+        assert sweep.until(is_event("step", 2))
+        deadline = time.monotonic() + PATIENCE
+        while len(ledger.lines()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        workers = [int(line[2]) for line in ledger.lines()]
+        assert len(workers) == 2 and all(map(is_alive, workers))
+        assert len({os.getsid(pid) for pid in workers}) == 2
+        sweep.kill()
+    outcome = run_sweep(spec, folder, command=[sys.executable, str(FAKE), "--ledger", str(ledger.path)])
+    assert not any(map(is_alive, workers))
+    assert len(outcome.finished) == 1
+    ledger.check()

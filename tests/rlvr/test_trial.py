@@ -16,7 +16,6 @@ from offprincipal_peft.rlvr.records import numeric_fields, read_record, write_re
 from offprincipal_peft.rlvr.trial import run_trial
 from tiny_models import save_tiny_model
 
-
 # A random model never answers right: credit that differs within a group, so that something is learned.
 PARTIAL = """
 def reward(completions, answer, **columns):

@@ -1,0 +1,300 @@
+"""The report says what the records say, for whole, broken, tiny and huge sweeps."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlvr.records_sample import METHODS, failed_record, record, sweep, write
+
+pytest.importorskip("scipy")
+
+from offprincipal_peft.rlvr.charts import Bar, Frame, Scale, Series, forest, layer_place, lines, number
+from offprincipal_peft.rlvr.report import ReportError, build_report, write_report
+from offprincipal_peft.rlvr.report_data import build_studies
+from offprincipal_peft.rlvr.report_findings import cautions, findings
+from offprincipal_peft.rlvr.report_tables import bytes_text, count_text, measured, plain
+from offprincipal_peft.rlvr.statistics import Interval, paired_difference
+
+VOID = {"meta", "link", "br"}
+NOWHERE = Path("/nonexistent")
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and keeps the tables, ids and what might be loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.outside: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "srcset", "action") and not (value or "").startswith(("#", "data:")):
+                self.outside.append(f"{tag} {name}={value}")
+            assert not name.startswith("on")
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            assert "url(" not in data and "@import" not in data
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    found: list[list[list[str]]] = []
+    before = ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not before.startswith("|"):
+                found.append([])
+            if not set(line) <= {"|", "-"}:
+                cells = re.split(r"(?<!\\)\|", line)[1:-1]
+                found[-1].append([re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells])
+        before = line
+    return found
+
+
+def built(records: list[dict[str, Any]]) -> tuple[Page, str]:
+    report = build_report(NOWHERE, records)
+    return Page(report.html), report.markdown
+
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "five methods": sweep(rates=(5e-5, 2e-4, 8e-4)),
+    "one trial": [record("offprincipal")],
+    "one method": sweep(("lora",), seeds=3),
+    "failed only": [failed_record("lora"), failed_record("pissa", seed=1)],
+    "one failed": [*sweep(("lora", "safe"), seeds=2), failed_record()],
+    "no geometry": sweep(("lora", "safe"), seeds=2, geometry=False),
+    "some geometry": [record("lora"), record("safe", geometry=False)],
+    "twenty methods": sweep(tuple(f"method-{i:02d}" for i in range(20)), seeds=2, depth=30),
+    "many seeds": sweep(("lora", "safe"), seeds=12),
+    "two tasks": [*sweep(("lora", "safe")), *sweep(("lora", "safe"), task="reverse")],
+    "long names": sweep(("matched(principal) & ~low | thinned(principal)", "lora"), seeds=1),
+    "two steps": sweep(("lora", "safe"), steps=2),
+    "one step": sweep(("lora", "safe"), steps=1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pages_are_whole_and_say_the_same_twice(case: str) -> None:
+    page, markdown = built(CASES[case])
+    assert page.outside == [] and "script" not in page.tags and "img" not in page.tags
+    assert sorted(page.tables) == sorted(markdown_tables(markdown))
+    assert all(len({len(row) for row in table}) == 1 for table in page.tables)
+    assert page.tags.count("h1") == 1 and page.tags.count("caption") == page.tags.count("table")
+    for text in (page.text, markdown):
+        assert not re.search(r"\b(nan|inf|None|Interval)\b", text.split("Configuration and environment")[0])
+
+
+def test_the_numbers_are_those_of_the_records() -> None:
+    records = CASES["five methods"]
+    page, _ = built(records)
+    table = next(t for t in page.tables if "test, % [95 %]" in t[0])
+    at = {name: i for i, name in enumerate(table[0])}
+    rows = {row[0]: row for row in table[1:]}
+    assert next(iter(rows)) == "lora" and set(rows) == set(METHODS)
+
+    def chosen(label: str) -> list[dict[str, Any]]:
+        return [r for r in records if r["config"]["label"] == label and r["config"]["learning_rate"] == 2e-4]
+
+    def last(r: dict[str, Any]) -> list[int]:
+        return max((e for e in r["evaluations"] if e["split"] == "test"), key=lambda e: e["step"])["correct"]
+
+    for label, row in rows.items():
+        accuracy = sum(r["result"]["test_accuracy"] for r in chosen(label)) / 3
+        assert row[at["test, % [95 %]"]].startswith(f"{100 * accuracy:.1f} [")
+        assert row[at["learning rate"]] == "2e−4" and row[at["seeds"]] == "3"
+    found = paired_difference([last(r) for r in chosen("safe")], [last(r) for r in chosen("lora")])
+    assert found.low is not None
+    expected = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}".replace("-", "−")
+    assert rows["safe"][at["over lora, points [95 %]"]].startswith(expected)
+    assert rows["lora"][at["over lora, points [95 %]"]] == "reference"
+
+
+def test_findings_do_not_overclaim() -> None:
+    study = build_studies(CASES["five methods"])[0]
+    text = " ".join(findings(study))
+    assert "pissa is worse than lora by" in text and "All 5 methods improved" in text
+    twins = build_studies([*sweep(("lora",), seeds=2), *sweep(("safe",), seeds=2, quality=METHODS["lora"])])[0]
+    text = " ".join(findings(twins))
+    assert "cannot tell safe and lora apart" in text and "better" not in text
+    one = build_studies(sweep(("lora", "pissa"), seeds=1))[0]
+    assert "conditional on the one seed" in " ".join(findings(one))
+    assert "one seed" in " ".join(cautions(one))
+
+
+def test_many_clear_differences_are_one_finding() -> None:
+    records = sweep(("lora",), seeds=2)
+    records += sweep(tuple(f"m{i}" for i in range(9)), seeds=2, quality=(0.1, 0.05, 0.1))
+    found = findings(build_studies(records)[0])
+    assert sum("than lora" in text for text in found) == 1
+    assert "also after Holm's correction for 9 comparisons" in " ".join(found)
+    records += sweep(tuple(f"twin{i}" for i in range(4)), seeds=2, quality=METHODS["lora"])
+    found = findings(build_studies(records)[0])
+    clear = next(text for text in found if "than lora" in text)
+    unclear = next(text for text in found if "cannot tell" in text)
+    assert all((f"twin{i}" in unclear) and (f"twin{i}" not in clear) for i in range(4))
+
+
+def test_cautions_name_what_differs() -> None:
+    records = [record("lora"), record("safe", rank=64)]
+    assert "rank (16, 64)" in " ".join(cautions(build_studies(records)[0]))
+    edge = sweep(("lora", "safe"), rates=(2e-4, 8e-4))
+    assert "did best at the smallest learning rate" in " ".join(cautions(build_studies(edge)[0]))
+    uneven = [*sweep(("lora",), rates=(1e-4, 2e-4, 4e-4)), *sweep(("safe",))]
+    assert "different numbers of learning rates" in " ".join(cautions(build_studies(uneven)[0]))
+    rare = " ".join(cautions(build_studies(sweep(("lora", "safe"), steps=1))[0]))
+    assert "only 2 evaluations" in rare and "evaluations" not in " ".join(cautions(build_studies(records)[0]))
+    items = [record("lora", items=256), record("safe", items=100)]
+    study = build_studies(items)[0]
+    assert "could not be compared item by item" in " ".join(cautions(study))
+    assert all(row.difference is None for row in study.rows)
+
+
+def test_a_failed_trial_is_shown_with_its_message_and_escaped() -> None:
+    nasty = "<script>alert('x')</script> | `code` & \n\n# more"
+    records = [
+        *sweep(("lora",), seeds=1),
+        failed_record("<img src=x onerror=1>", nasty),
+        record('"><b>', geometry=False),
+    ]
+    page, markdown = built(records)
+    assert "script" not in page.tags and "img" not in page.tags and page.tags.count("b") < 30
+    cell = next(t for t in page.tables if t[0] == ["trial", "stage", "error"])[1]
+    assert cell[1:] == ["train", f"FloatingPointError: {nasty}"]
+    assert "<script>" not in markdown.replace("\\<script\\>", "")
+    assert "\n# more" not in markdown
+
+
+def test_an_unfinished_sweep_says_what_is_missing(tmp_path: Path) -> None:
+    records = [*sweep(("lora",), seeds=2), failed_record()]
+    folder = write(tmp_path / "sweep", records, [r["id"] for r in records] + ["a", "b"])
+    report = build_report(folder)
+    text = "2 of 5 trials finished, 1 failed, 2 are still to run."
+    assert text in report.html and text in report.markdown
+
+
+def test_write_report_puts_both_beside_the_trials(tmp_path: Path) -> None:
+    folder = write(tmp_path / "sweep", sweep(("lora",), seeds=1))
+    paths = write_report(folder)
+    assert [p.name for p in paths] == ["report.html", "report.md"]
+    assert [p.read_text(encoding="utf-8")[:9] for p in paths] == ["<!doctype", "# GRPO on"]
+    before = [p.read_bytes() for p in paths]
+    assert [p.read_bytes() for p in write_report(folder)] == before
+    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.md", "trials"]
+
+
+def test_folders_without_records_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"trials holds no trial's record"):
+        build_report(tmp_path)
+    (tmp_path / "sweep.json").write_text(json.dumps({"schema": 1, "trials": ["a"]}))
+    with pytest.raises(ReportError, match="expects 1, none has ended"):
+        build_report(tmp_path)
+    for text in ("{", "[]", '{"trials": 3}'):
+        (tmp_path / "sweep.json").write_text(text)
+        with pytest.raises(ReportError, match=r"sweep\.json"):
+            build_report(tmp_path)
+
+
+def test_records_with_holes_still_make_a_report() -> None:
+    records = sweep(("lora", "safe"), seeds=2)
+    for made in records:
+        for name in ("kl", "update_norm", "step_s", "state_bytes", "forgetting"):
+            made["result"][name] = None
+        for evaluation in made["evaluations"]:
+            evaluation["update_norm"] = evaluation["kl"] = None
+        for point in made["curve"]:
+            point["reward"] = point["reward_std"] = None
+        made["geometry"]["layers"][0] |= {"share_output": None, "relative_norm": None}
+        made["geometry"]["layers"].append({"name": "lm_head", "shape": [4, 4]})
+        made["geometry"]["summary"] = {}
+    page, _ = built(records)
+    assert "No method has evaluations along the way" in page.text
+    for made in records:
+        made |= {"geometry": {"history": [], "layers": [], "summary": {}}, "evaluations": [], "checks": {}}
+        made["result"] = {"test_accuracy": 0.25}
+    page, markdown = built(records)
+    assert "25.0" in markdown
+    assert "Where the update lies" not in page.text and "The update of the weights" not in markdown
+
+
+def test_a_trial_that_never_moved_leaves_no_common_range() -> None:
+    still = record("safe", quality=(0.05, 0.0, 0.1))
+    page, _ = built([record("lora"), still])
+    assert "There is no common range of KL from the untrained model: safe never leaves zero." in page.text
+
+
+def test_a_method_keeps_its_colour_everywhere() -> None:
+    report = build_report(NOWHERE, CASES["five methods"])
+    for name in METHODS:
+        found = re.findall(rf'class="swatch (c\d d\d)"></i>(?:<span>)?{name}<', report.html)
+        found += re.findall(rf'class="(?:line|mark) (c\d d\d)"><title>{name}[<:]', report.html)
+        assert len(found) > 8 and len(set(found)) == 1, name
+    twenty = build_report(NOWHERE, CASES["twenty methods"]).html
+    styles = set(re.findall(r'class="swatch (c\d d\d)"', twenty))
+    assert len(styles) == 20
+
+
+# -- charts -----------------------------------------------------------------------------------------------------------
+
+
+def test_scales_and_ticks() -> None:
+    scale = Scale(0.0, 10.0, 50.0, 150.0)
+    assert [scale(v) for v in (0.0, 5.0, 10.0)] == [50.0, 100.0, 150.0]
+    assert Scale(1.0, 100.0, 0.0, 2.0, log=True)(10.0) == pytest.approx(1.0)
+    for low, high in ((0.0, 1.0), (0.03, 0.47), (-3.0, 9.0), (1e-6, 3e-6), (5.0, 5000.0)):
+        ticks = Scale(low, high, 0.0, 1.0).ticks()
+        assert 3 <= len(ticks) <= 8 and all(low - 1e-9 <= t <= high + 1e-9 for t in ticks), (low, high, ticks)
+    whole = Scale(1.0, 3.0, 0.0, 1.0, whole=True).ticks()
+    assert whole == [1, 2, 3]
+    assert Scale(3e-5, 2e-3, 0.0, 1.0, log=True).ticks() == pytest.approx([5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3])
+    assert Scale(1e-9, 1e3, 0.0, 1.0, log=True).ticks(5)
+
+
+def test_chart_points_lie_where_the_data_are() -> None:
+    frame = Frame("t", "x", "y", limits=(0.0, 1.0, 0.0, 1.0))
+    drawn = lines(frame, [Series("a", 0, [0.0, 1.0], [0.0, 1.0])])
+    assert "M50.0 230.0L428.0 12.0" in drawn
+    with pytest.raises(ValueError, match="no points"):
+        lines(Frame("empty", "x", "y"), [])
+    assert "<circle" in lines(Frame("t", "x", "y"), [Series("alone", 0, [1.0], [2.0])])
+    assert "<script" not in forest("t", "x", [Bar("<script>", 0, 1.0)])
+
+
+def test_names_and_numbers_are_readable() -> None:
+    assert [number(v) for v in (0, 2e-4, -0.25, 123456.0, 0.1 + 0.2)] == ["0", "2e−4", "−0.25", "1.23e5", "0.3"]
+    assert layer_place("base_model.model.model.layers.3.mlp.up_proj") == ("up_proj", 3)
+    assert layer_place("transformer.h.11.attn.c_attn") == ("c_attn", 11) and layer_place("lm_head") is None
+    assert [count_text(v) for v in (950, 4_884_480, 1.5e9)] == ["950", "4.88 M", "1.5 B"]
+    assert [bytes_text(v) for v in (5.8e7, 1.45e9)] == ["58.0 MB", "1.45 GB"]
+    assert measured(Interval(0.6969, 0.6724, 0.7214, 0.95, 3)) == "0.697 [0.672, 0.721]"
+    assert measured(Interval(0.7, 0.7 - 1e-16, 0.7 + 1e-16, 0.95, 3)) == "0.7" and measured(None) == "–"
+    assert plain("a|b *c* <d>\n# e") == "a\\|b \\*c\\* \\<d\\> \\# e"
