@@ -81,6 +81,13 @@ class TrialConfig:
         for name, choices in (("algorithm", ALGORITHMS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
+        for name in ("method", "label", "model", "device", "task", "optimizer", "scheduler"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: it is text")
+        for name in ("method_options", "task_options", "trainer_options"):
+            options = getattr(self, name)
+            if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+                raise ValueError(f"{name}={options!r}: it maps names to values")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -89,13 +96,13 @@ class TrialConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r}: it is a whole number of at least 0")
-        for name in ("learning_rate", "temperature", "max_grad_norm"):
+        for name in ("learning_rate", "temperature", "max_grad_norm", "k"):
             _number(name, getattr(self, name), above=0.0)
         for name in ("beta", "weight_decay", "dropout"):
             _number(name, getattr(self, name), least=0.0)
-        for name in ("learning_rate", "temperature", "max_grad_norm", "beta", "weight_decay", "dropout"):
+        for name in _NUMBERS:
             object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one trial with one id
-        if self.algorithm != "sft" and self.group_size < 2:
+        if self.algorithm != "sft" and (not isinstance(self.group_size, int) or self.group_size < 2):
             raise ValueError(f"group_size={self.group_size}: a group compares at least 2 completions of one prompt")
 
     @classmethod

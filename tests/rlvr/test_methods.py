@@ -98,15 +98,12 @@ def test_every_method_says_what_it_is_and_which_rates_to_try():
         assert len(method.learning_rates) == 3 and sorted(method.learning_rates) == list(method.learning_rates)
 
 
-@pytest.mark.parametrize(("name", "close"), [("lorra", "lora"), ("PiSSA", "pissa"), ("random", "random(safe)")])
-def test_an_unknown_method_names_the_close_one(name, close):
-    with pytest.raises(
-        MethodError, match=r"unknown method .*there are full, lora, .*any PEFT config as .json or .yaml"
-    ):
-        find_method(name)
-    if name != "PiSSA" and name != "random":
-        with pytest.raises(MethodError, match=f"did you mean '{close}'"):
-            find_method(name)
+def test_an_unknown_method_names_the_close_one_and_all():
+    everything = r"there are full, lora, .*, and any PEFT config as \.json or \.yaml"
+    with pytest.raises(MethodError, match=rf"unknown method 'lorra' \(did you mean 'lora'\?\); {everything}"):
+        find_method("lorra")
+    with pytest.raises(MethodError, match=f"unknown method 'qqq'; {everything}"):
+        find_method("qqq")
 
 
 # ---- whether the base is still there
@@ -134,7 +131,7 @@ def test_disabling_the_adapter_gives_the_pretrained_model_where_the_table_says_s
     base = logits(load(folder))
     model = trained(folder, method)
     moved = (logits(model) - base).abs().max().item()
-    assert moved > 1e-3  # seen: 0.01 (low) to 3 (osf)
+    assert moved > 1e-2  # seen: 0.08 (peft-supertuning) to 0.9 (full)
     if METHODS[method].base_intact:
         assert isinstance(model, PeftModel)
         for _ in range(2):  # and again, after it has been on

@@ -1,7 +1,7 @@
 """A browser opens the report: it loads nothing, complains about nothing, fits wide and narrow, draws everything.
 
 All pages are shown in frames of one window, so that one start of the browser looks at all of them. Where there is no
-chromium the tests are skipped; scripts/install_chromium.sh installs it on Debian.
+chromium the tests are skipped; tests/install_chromium.sh installs it on Debian.
 """
 
 import html
@@ -115,7 +115,7 @@ def faults(frame: dict[str, Any]) -> list[str]:
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; scripts/install_chromium.sh installs it on Debian"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; tests/install_chromium.sh installs it on Debian"),
 ]
 
 

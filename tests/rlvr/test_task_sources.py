@@ -210,10 +210,9 @@ def test_split_files_with_different_columns(tmp_path):
     load_task(names[0], SIZES, {"validation": names[1], "test": names[2]}).prove()
 
 
-@pytest.mark.parametrize("answer", [None, {"value": 3}, [3], ""])
 @pytest.mark.xfail(strict=True, reason="whatever the column holds becomes text: null is the gold answer 'None'")
-def test_an_answer_that_is_none(answer, tmp_path):
-    rows = [*numbered(40), {"prompt": "q", "answer": answer}]
+def test_an_answer_that_is_none(tmp_path):
+    rows = [*numbered(40), {"prompt": "q", "answer": None}]
     with pytest.raises(TaskError, match="line 41"):
         load_task(write(tmp_path / "a.jsonl", rows), SIZES)
 

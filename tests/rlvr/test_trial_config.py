@@ -55,8 +55,10 @@ OTHER = {
 COUNTS = ("rank", "alpha", "steps", "prompts_per_step", "group_size", "max_completion_length", "evaluation_batch")
 ITEMS = ("train_items", "validation_items", "test_items")
 NOT_NEGATIVE = ("evaluate_every", "seed", "threads", "warmup_steps")
-POSITIVE = ("learning_rate", "temperature", "max_grad_norm")
+POSITIVE = ("learning_rate", "temperature", "max_grad_norm", "k")
 FROM_ZERO = ("beta", "weight_decay", "dropout")
+TEXTS = ("method", "label", "model", "device", "task", "optimizer", "scheduler")
+OPTIONS = ("method_options", "task_options", "trainer_options")
 BAD = [
     *((name, value) for name in (*COUNTS, *ITEMS) for value in (0, -1, 1.0, True, "3", None)),
     *((name, value) for name in NOT_NEGATIVE for value in (-1, 1.0, False, "3", None)),
@@ -64,29 +66,17 @@ BAD = [
     *((name, value) for name in FROM_ZERO for value in (-0.1, math.nan, -math.inf, False, "none", None)),
     *(("algorithm", value) for value in ("ppo", "GRPO", "", None)),
     *(("dtype", value) for value in ("float16", "bf16", "", None)),
+    *((name, value) for name in TEXTS for value in (3, None, ["lora"]) if name != "label" or value),
+    *((name, value) for name in OPTIONS for value in ([], "largest=3", None, {3: 4})),
 ]
-# Accepted today: the mistake then shows when the trial has begun, or never.
+# Accepted here. Most end their trial with a reason once the model is loaded; geometry="no" is taken for yes.
 UNCHECKED = [
     ("method", ""),
-    ("method", 3),
-    ("label", 3),
-    ("method_options", ["use_rslora"]),
     ("model", ""),
-    ("model", 3),
-    ("device", None),
-    ("task", None),
-    ("task_options", "largest=3"),
     ("dropout", 1.0),
     ("target_modules", 3),
     ("target_modules", []),
-    ("optimizer", None),
-    ("scheduler", None),
-    ("trainer_options", []),
     ("geometry", "no"),
-    ("k", 0),
-    ("k", -1),
-    ("k", math.nan),
-    ("k", "many"),
     ("seed", 2**32),
 ]
 
@@ -101,7 +91,7 @@ def test_a_bad_value_is_refused_with_its_field(name, value):
     if name == "group_size":
         expected = "group_size=.*: a group compares at least 2|group_size=.*whole number"
     else:
-        expected = f"{name}={re.escape(repr(value))}: it is (a whole number of at least|a number|one of)"
+        expected = f"{name}={re.escape(repr(value))}: it (is a whole number|is a number|is one of|is text|maps names)"
     with pytest.raises(ValueError, match=expected):
         TrialConfig.from_dict({**BASE, name: value})
 
@@ -119,7 +109,7 @@ def test_groups_are_of_two_at_least_except_without_any():
     assert TrialConfig.from_dict({**BASE, "group_size": 1, "algorithm": "sft"}).group_size == 1
 
 
-@pytest.mark.parametrize("name", [*POSITIVE, *FROM_ZERO, "k"])
+@pytest.mark.parametrize("name", [*POSITIVE, *FROM_ZERO])
 def test_numbers_that_yaml_reads_as_text(name):
     """YAML 1.1 takes 1e-4 for text."""
     config = TrialConfig.from_dict({**BASE, name: "1e-4"})
