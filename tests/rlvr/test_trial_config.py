@@ -186,6 +186,12 @@ def test_ids_are_the_same_in_another_process():
     assert done.stdout.strip() == str(ids)
 
 
+def test_the_order_of_options_is_nothing():
+    one, other = {"r": 3, "use_rslora": True}, {"use_rslora": True, "r": 3}
+    ids = {TrialConfig.from_dict({**BASE, "method_options": options}).trial_id for options in (one, other)}
+    assert len(ids) == 1
+
+
 def test_a_whole_number_is_the_same_number_as_a_float():
     """YAML's `beta: 0` and the default 0.0 are one trial."""
     for name in (*POSITIVE, *FROM_ZERO):
