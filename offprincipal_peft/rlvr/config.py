@@ -13,6 +13,7 @@ from typing import Any
 
 ALGORITHMS = ("grpo", "rloo", "sft")
 DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")  # which one of several: CUDA_VISIBLE_DEVICES
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,19 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.method)
-        for name, choices in (("algorithm", ALGORITHMS), ("dtype", DTYPES)):
+        for name, choices in (("algorithm", ALGORITHMS), ("dtype", DTYPES), ("device", DEVICES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
         for name in ("method", "label", "model", "device", "task", "optimizer", "scheduler"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r}: it is text")
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r}: it is text, and not empty")
+        targets = self.target_modules if isinstance(self.target_modules, list) else [self.target_modules]
+        if not targets or not all(isinstance(target, str) and target for target in targets):
+            raise ValueError(
+                f"target_modules={self.target_modules!r}: it is 'all-linear', a pattern or a list of names"
+            )
+        if not isinstance(self.geometry, bool):
+            raise ValueError(f"geometry={self.geometry!r}: it is true or false")
         for name in ("method_options", "task_options", "trainer_options"):
             options = getattr(self, name)
             if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
@@ -100,6 +108,10 @@ class TrialConfig:
             _number(name, getattr(self, name), above=0.0)
         for name in ("beta", "weight_decay", "dropout"):
             _number(name, getattr(self, name), least=0.0)
+        if self.dropout >= 1:
+            raise ValueError(f"dropout={self.dropout}: it is below 1")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed}: it is below 2**32, as numpy's seeds are")
         for name in _NUMBERS:
             object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one trial with one id
         if self.algorithm != "sft" and (not isinstance(self.group_size, int) or self.group_size < 2):

@@ -92,6 +92,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     """The commit of the checkout that ``folder`` lies in and whether tracked files differ; None outside of one."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
+        if not _git(folder, "ls-files", "."):  # installed below somebody else's checkout
+            return None
         dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None

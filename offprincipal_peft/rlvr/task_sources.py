@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import random
@@ -96,6 +97,8 @@ def jsonl_task(
     """
     function: Verifier = math_verify if verifier == "math-verify" else load_function(verifier)
     read = [_read(Path(name), prompt, answer, chat) for name in (path, validation, test) if name is not None]
+    shared = set.intersection(*(set(item.columns) for items in read for item in items))
+    read = [[_with_columns(item, shared) for item in items] for items in read]
     if len(read) == 3:
         cut = [items[: sizes[split]] for items, split in zip(read, SPLITS, strict=True)]
         splits = Splits(*cut)
@@ -132,11 +135,17 @@ def _read(path: Path, prompt: str, answer: str, chat: bool) -> list[Item]:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
     except OSError as error:
         raise TaskError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 text ({error})") from None
     items = [_item(line, f"{path}, line {n}", prompt, answer, chat) for n, line in enumerate(lines, 1) if line.strip()]
     if not items:
         raise TaskError(f"{path}: no items")
-    shared = set.intersection(*(set(item.columns) for item in items))
-    return [Item(i.prompt, i.answer, i.key, {name: i.columns[name] for name in sorted(shared)}) for i in items]
+    return items
+
+
+def _with_columns(item: Item, names: set[str]) -> Item:
+    """Verifiers get columns that every item has."""
+    return dataclasses.replace(item, columns={name: item.columns[name] for name in sorted(names)})
 
 
 def _item(line: str, place: str, prompt: str, answer: str, chat: bool) -> Item:
@@ -149,6 +158,8 @@ def _item(line: str, place: str, prompt: str, answer: str, chat: bool) -> Item:
     for column in (prompt, answer):
         if column not in row:
             raise TaskError(f"{place}: no column {column!r}; there are {', '.join(map(repr, row))}")
+    if row[answer] is None:
+        raise TaskError(f"{place}: column {answer!r} is null; an item needs its answer")
     asked = row[prompt]
     messages = isinstance(asked, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in asked)
     if not isinstance(asked, str) and not messages:

@@ -9,6 +9,8 @@ on the same ones.
 from __future__ import annotations
 
 import difflib
+import inspect
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -64,7 +66,7 @@ class Task:
     def columns(self, items: list[Item]) -> dict[str, list[Any]]:
         """What the verifier sees of ``items`` beside the completions, as TRL would hand it over."""
         extra = {name: [item.columns[name] for item in items] for name in (items[0].columns if items else ())}
-        return {"answer": [item.answer for item in items], **extra}
+        return {"prompts": [item.prompt for item in items], "answer": [item.answer for item in items], **extra}
 
     def prove(self) -> dict[str, int]:
         """Check the splits and the verifier; the numbers of what was checked.
@@ -81,12 +83,33 @@ class Task:
                 raise TaskError(
                     f"task {self.name}: the gold answer {self.gold(item)!r} to {item.key!r} earns {value:g}"
                 )
-        wrong = [(text, item) for item in sample for text in _others(item, sample) + self.wrong(item)]
+        wrong = [(text, item) for item in sample for text in self.wrong(item)]
+        rejected = self._reject(wrong) + self._reject_others(sample)
+        return {**checks, "gold_correct": len(sample), "wrong_rejected": rejected}
+
+    def _reject(self, wrong: list[tuple[str, Item]]) -> int:
         for (text, item), value in zip(wrong, self._score(wrong), strict=True):
             if value >= 1:
                 gold = f"{item.key!r} (gold {item.answer!r})"
                 raise TaskError(f"task {self.name}: the wrong answer {text!r} to {gold} earns {value:g}")
-        return {**checks, "gold_correct": len(sample), "wrong_rejected": len(wrong)}
+        return len(wrong)
+
+    def _reject_others(self, sample: list[Item]) -> int:
+        """The gold of another item is wrong, unless the verifier takes the two for equal both ways (0.5 and 0.50)."""
+        pairs = _neighbours(sample)
+        if not pairs:
+            return 0
+        there = self._score([(self.gold(other), item) for item, other in pairs])
+        back = self._score([(self.gold(item), other) for item, other in pairs])
+        accepted = [pair for pair, value in zip(pairs, there, strict=True) if value >= 1]
+        one_way = [p for p, a, b in zip(pairs, there, back, strict=True) if (a >= 1) != (b >= 1)]
+        if one_way or len(accepted) == len(pairs):
+            item, other = (one_way or accepted)[0]
+            if (item, other) not in accepted:
+                item, other = other, item
+            gold = f"{item.key!r} (gold {item.answer!r})"
+            raise TaskError(f"task {self.name}: the wrong answer {self.gold(other)!r} to {gold} earns 1")
+        return len(pairs) - len(accepted)
 
     def _score(self, pairs: list[tuple[str, Item]]) -> list[float]:
         return score(self.verifier, [text for text, _ in pairs], self.columns([item for _, item in pairs]))
@@ -104,10 +127,10 @@ def assert_disjoint(splits: Splits) -> None:
             seen[item.key] = name
 
 
-def _others(item: Item, sample: list[Item]) -> list[str]:
-    """The nearest other answer of the sample: right for another question."""
-    answers = sorted({other.answer for other in sample} - {item.answer})
-    return difflib.get_close_matches(item.answer, answers, n=1, cutoff=0.0)
+def _neighbours(sample: list[Item]) -> list[tuple[Item, Item]]:
+    """Each item with the one whose different answer comes next in the alphabet: wrong by little."""
+    ordered = sorted({item.answer: item for item in sample}.values(), key=lambda item: item.answer)
+    return list(itertools.pairwise(ordered))
 
 
 def _integer_neighbours(item: Item) -> list[str]:
@@ -116,6 +139,7 @@ def _integer_neighbours(item: Item) -> list[str]:
 
 
 Draw = Callable[[random.Random], Item]
+SHOWN = ("24+31", "7*8")  # the worked examples: their answers stand in every prompt
 
 
 def _sums(largest: int = 50) -> Draw:
@@ -174,6 +198,7 @@ def load_task(name: str, sizes: dict[str, int], options: dict[str, Any] | None =
 
         if name.startswith("reasoning-gym:"):
             return reasoning_gym_task(name.removeprefix("reasoning-gym:"), sizes, **options)
+        _known_options(name, jsonl_task, options)
         return jsonl_task(name, sizes, **options)
     if name not in BUILT_IN:
         close = difflib.get_close_matches(name, BUILT_IN, n=1)
@@ -183,18 +208,29 @@ def load_task(name: str, sizes: dict[str, int], options: dict[str, Any] | None =
         )
     seed = options.pop("seed", 0)
     try:
-        draw = BUILT_IN[name][0](**options)
-    except TypeError as error:
+        splits = draw_splits(BUILT_IN[name][0](**options), sizes, seed)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TaskError):
+            raise
         raise TaskError(f"task {name}: {error}; its options are {BUILT_IN[name][1].split('; ')[1]}, seed=0") from None
-    splits = draw_splits(draw, sizes, seed)
     space = " " if name == "largest-of-n" else ""  # as the worked examples have it
     return Task(name, splits, first_integer, "\n", lambda item: f"{space}{item.answer}\n", _integer_neighbours)
 
 
+def _known_options(name: str, function: Callable[..., Task], options: dict[str, Any]) -> None:
+    known = [parameter for parameter in inspect.signature(function).parameters if parameter not in ("path", "sizes")]
+    for option in options:
+        if option not in known:
+            raise TaskError(f"task {name}: no option {option!r}; its options are {', '.join(known)}")
+
+
 def draw_splits(draw: Draw, sizes: dict[str, int], seed: int, attempts: int = 1000) -> Splits:
-    """Different items for test and validation first, then for training, until ``attempts`` draws in a row repeat."""
+    """Different items for test and validation first, then for training, until ``attempts`` draws in a row repeat.
+
+    The worked examples in the prompts are no items.
+    """
     generator = random.Random(seed)
-    seen: set[str] = set()
+    seen = set(SHOWN)
     parts: dict[str, list[Item]] = {}
     for part in ("test", "validation", "train"):
         parts[part] = []
@@ -207,5 +243,7 @@ def draw_splits(draw: Draw, sizes: dict[str, int], seed: int, attempts: int = 10
                 parts[part].append(item)
     splits = Splits(**parts)
     if not splits.train:
-        raise TaskError(f"{len(seen)} different items, and {sizes['test']} + {sizes['validation']} are held out")
+        raise TaskError(
+            f"{len(seen) - len(SHOWN)} different items, and {sizes['test']} + {sizes['validation']} are held out"
+        )
     return splits

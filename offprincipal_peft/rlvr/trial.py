@@ -86,7 +86,7 @@ def _train_and_evaluate(config: TrialConfig, record: dict[str, Any], stages: Sta
     from .measure import Measurements
     from .methods import build_config, find_method
     from .models import choose_device, load_model, load_tokenizer
-    from .tasks import load_task
+    from .tasks import TaskError, load_task
     from .trainers import AtSteps, OnLog, StepClock, build_trainer
 
     if config.threads:
@@ -95,6 +95,9 @@ def _train_and_evaluate(config: TrialConfig, record: dict[str, Any], stages: Sta
     sizes = {split: getattr(config, f"{split}_items") for split in ("train", "validation", "test")}
     task = load_task(config.task, sizes, config.task_options)
     record["checks"] = task.prove()
+    rows = config.prompts_per_step * (config.group_size if config.algorithm == "sft" else 1)
+    if len(task.splits.train) < rows:
+        raise TaskError(f"task {task.name}: {len(task.splits.train)} train items, and a step takes {rows} of them")
     stages.enter("model")
     device = choose_device(config.device)
     config = dataclasses.replace(config, device=device.type)

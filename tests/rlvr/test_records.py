@@ -237,7 +237,6 @@ def test_outside_of_a_checkout_and_without_git(tmp_path, monkeypatch):
     assert git_state(Path(records.__file__).parent) is None
 
 
-@pytest.mark.xfail(strict=True, reason="an installed package reports the commit of the project around its environment")
 def test_a_package_inside_someone_elses_checkout_has_no_commit(tmp_path):
     """A virtual environment usually lies, ignored, in the checkout of the project that uses it."""
     (tmp_path / ".gitignore").write_text(".venv\n")

@@ -1,5 +1,7 @@
 """The slope of a run's expected reward: coverage on straight and curved paths, against a plain transcription."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -41,7 +43,7 @@ def test_against_a_transcription() -> None:
     n, mean = len(y), sum(range(6)) / 6
     spread = sum((i - mean) ** 2 for i in range(n))
     value = sum((i - mean) * v for i, v in enumerate(y)) / spread
-    variance = sum((b - a) ** 2 for a, b in zip(y[:-1], y[1:], strict=True)) / (2 * (n - 1))
+    variance = sum((b - a) ** 2 for a, b in itertools.pairwise(y)) / (2 * (n - 1))
     half = stats.t.ppf(0.975, 2 * (n - 1) ** 2 / (3 * n - 4)) * (variance / spread) ** 0.5
     found = run_slope(y)
     assert [found.value, found.low, found.high] == pytest.approx([value, value - half, value + half], rel=1e-12)
