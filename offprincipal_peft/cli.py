@@ -201,12 +201,11 @@ def _methods(options: argparse.Namespace) -> int:
     from .rlvr.methods import METHODS
 
     width = max(map(len, METHODS))
-    family = None
-    for method in METHODS.values():
-        if method.family != family:
-            family = method.family
-            print(f"{family}:")
-        print(f"  {method.name:{width}s}  {method.summary}")
+    for family in dict.fromkeys(method.family for method in METHODS.values()):
+        print(f"{family}:")
+        for method in METHODS.values():
+            if method.family == family:
+                print(f"  {method.name:{width}s}  {method.summary}")
     print("any other: the path of a PEFT config, as .json or .yaml with its peft_type")
     return DONE
 

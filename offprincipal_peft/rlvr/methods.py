@@ -81,7 +81,7 @@ def _supertuning(trial: TrialConfig) -> PeftConfig:
     return SupertuningConfig(**{**_shared(trial), **trial.method_options})
 
 
-OURS, PEFTS, SPARSE = "off-principal LoRA", "PEFT's own", "principal-masked sparse"
+OURS, PEFTS, SPARSE = "low-rank, starts and projections of this package", "PEFT's own", "sparse by a mask"
 _TABLE = [
     Method("full", "full", "full fine-tuning of every parameter", lambda trial: None, base_intact=False),
     Method("lora", OURS, "LoRA: A random (Kaiming), B zero", _preset("lora")),
@@ -120,7 +120,10 @@ _TABLE = [
         _sparse("matched(principal)"),
     ),
     Method(
-        "thinned(principal)", SPARSE, "principal entries thinned to match(principal)", _sparse("thinned(principal)")
+        "thinned(principal)",
+        SPARSE,
+        "principal entries, thinned to the magnitudes of matched(principal)",
+        _sparse("thinned(principal)"),
     ),
 ]
 # Orthonormal rows and √σ scales take larger steps than Kaiming's A; entries of the weight itself need small ones.
