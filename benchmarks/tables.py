@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from offprincipal_peft.rlvr.report import write_report
 from offprincipal_peft.rlvr.report_terminal import terminal_summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo"
+PICTURE = "1200,1560"  # pixels
 
 
 def load(name: str) -> dict[str, Any]:
@@ -153,6 +158,20 @@ def demo() -> str:
     return f"```text\n{terminal_summary(DEMO).strip()}\n```"
 
 
+def picture() -> None:
+    """docs/demo.png: the top of the report of those records, as a browser shows it."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        print("no chromium: docs/demo.png stays as it is (tests/install_chromium.sh installs it)", file=sys.stderr)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(DEMO / "trials", Path(folder, "trials"))
+        page, _ = write_report(Path(folder))
+        target = f"--screenshot={ROOT / 'docs' / 'demo.png'}"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={PICTURE}"]
+        subprocess.run([browser, *options, target, page.as_uri()], check=True, capture_output=True, timeout=120)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {"figures": section, "demo": demo}
 
 
@@ -178,6 +197,7 @@ def main() -> int:
             print("README.md does not show what benchmarks/results/ holds; run `make tables`", file=sys.stderr)
         return int(new != text)
     readme.write_text(new)
+    picture()
     return 0
 
 
