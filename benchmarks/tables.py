@@ -21,7 +21,7 @@ from offprincipal_peft.rlvr.report_terminal import terminal_summary
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo"
-PICTURE = "1200,1560"  # pixels
+PICTURE = "1200,1960"  # pixels
 
 
 def load(name: str) -> dict[str, Any]:

@@ -6,8 +6,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,8 +81,7 @@ def small_model() -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     print(f"converting {SMALL} into {folder}: once, about 20 s", file=sys.stderr, flush=True)
     try:
-        with quiet():
-            _convert(source, temporary)
+        _convert(source, temporary)
         temporary.chmod(0o755)
         os.rename(temporary, folder)
     except OSError:
@@ -93,13 +90,6 @@ def small_model() -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of loading and saving; errors are exceptions and still seen."""
-    with open(os.devnull, "w") as nothing, redirect_stderr(nothing):
-        yield
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -96,7 +96,7 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(batch, model):
     assert len(lengths) > 1  # some end early
     heard: list[str] = []
 
-    def verifier(completions, answer):
+    def verifier(completions, answer, **_):
         heard.extend(completions)
         return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 
@@ -110,7 +110,7 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(batch, model):
 
 def test_partial_credit_is_not_correct(model):
     credit = iter([0.99, 1.0, 0.5, 0.0, 1.5, -1.0])
-    mine = task(lambda completions, answer: [next(credit) for _ in completions])
+    mine = task(lambda completions, answer, **_: [next(credit) for _ in completions])
     with as_found(model, 0):
         found = accuracy(model, TOKENIZER, mine, mine.splits.test, max_new_tokens=2, batch=4)
     assert found["correct"] == [0, 1, 0, 0, 1, 0]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from offprincipal_peft.rlvr.config import TrialConfig
 from offprincipal_peft.rlvr.evaluation import as_found
-from offprincipal_peft.rlvr.methods import METHODS, MethodError, build_config, find_method
+from offprincipal_peft.rlvr.methods import METHODS, OURS, MethodError, build_config, find_method
 from tiny_models import character_tokenizer, save_tiny_model
 
 TRIAL = TrialConfig("lora", 1e-3, rank=5, alpha=13, dropout=0.25, target_modules=["q_proj", "up_proj"], seed=7)
@@ -72,7 +72,7 @@ def test_every_config_has_what_the_trial_says(method):
 
 def test_low_rank_methods_take_all_four():
     """So that the test above is not passed by classes without any such field."""
-    low_rank = [m.name for m in METHODS.values() if m.family == "off-principal LoRA"] + ["dora", "peft-pissa"]
+    low_rank = [m.name for m in METHODS.values() if m.family == OURS] + ["dora", "peft-pissa"]
     assert len(low_rank) == 11
     for method in low_rank:
         config = build_config(dataclasses.replace(TRIAL, method=method))

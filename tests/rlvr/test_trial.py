@@ -173,14 +173,14 @@ def test_a_reward_function_that_breaks_in_training_ends_its_trial(fault, folder,
     (tmp_path / "mine.py").write_text(
         "import inspect\n"
         "def reward(completions, answer, prompts=None, **columns):\n"
-        "    if prompts is None or len(completions) != 4:\n"  # the proof and the evaluations are fine
+        "    if len(completions) != 4:\n"  # the proof and the evaluations are fine
         "        return [float(a == c) for a, c in zip(answer, completions)]\n"
         f"    {body}\n"
     )
     data = tmp_path / "items.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) for i in range(30)))
     options = {"verifier": f"{tmp_path / 'mine.py'}:reward"}
-    record = run_trial(trial(folder, task=str(data), task_options=options))
+    record = run_trial(trial(folder, task=str(data), task_options=options, evaluation_batch=3))
     assert record["status"] == "failed"
     error = record["error"]
     assert (error["stage"], error["type"]) == ("train", kind) and words in error["message"]

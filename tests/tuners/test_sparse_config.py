@@ -14,7 +14,7 @@ from offprincipal_peft import PrincipalSparseConfig
 from offprincipal_peft.geometry.mask_expression import MaskExpressionError
 from offprincipal_peft.geometry.masks import MaskOptions
 from offprincipal_peft.tuners.principal_sparse import PrincipalSparseModel
-from sparse import sparse_config, sparse_layers
+from sparse_models import sparse_config, sparse_layers
 
 DEFAULTS = {
     "target_modules": "all-linear",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import assert_same_base, base_bytes
 from lifecycle import assert_same_tensors, logits, tiny
-from sparse import (
+from sparse_models import (
     SOME,
     names,
     no_new_mask,

@@ -11,7 +11,7 @@ from helpers import assert_same_base, base_bytes, relative_error
 from lifecycle import DTYPES, FAMILIES, IDS, assert_same_tensors, logits, tiny, train, trainable
 from offprincipal_peft.geometry.masks import build_mask
 from offprincipal_peft.geometry.precision import join_master
-from sparse import (
+from sparse_models import (
     BF16_PRECISIONS,
     BLOCKS,
     SOME,

@@ -10,7 +10,7 @@ from helpers import assert_same_base, base_bytes, token_batch
 from lifecycle import FAMILIES, IDS, assert_same_tensors, logits, tiny, train, trainable
 from offprincipal_peft import MaskedAdamW, PrincipalSparseConfig
 from offprincipal_peft.geometry.mask_storage import unpack_units
-from sparse import (
+from sparse_models import (
     BLOCKS,
     SOME,
     STORED,

@@ -11,7 +11,7 @@ from torch import nn
 from helpers import assert_same_base, base_bytes
 from lifecycle import DTYPES, FAMILIES, IDS, OTHER_IDS, assert_same_tensors, gradients, logits, tiny, trainable
 from offprincipal_peft import MaskedAdamW, PrincipalSparseConfig
-from sparse import (
+from sparse_models import (
     BF16_PRECISIONS,
     SOME,
     adapted,

@@ -11,7 +11,7 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from helpers import assert_same_base, base_bytes, relative_error
 from lifecycle import DTYPES, IDS, OTHER_IDS, assert_same_tensors, gradients, logits, tiny, trainable
-from sparse import (
+from sparse_models import (
     BF16_PRECISIONS,
     SOME,
     STORED,

@@ -7,7 +7,7 @@ from peft import PeftModel
 from helpers import assert_same_base, base_bytes
 from lifecycle import FAMILIES, IDS, OTHER_IDS, assert_same_tensors, gradients, logits, tiny, train, trainable
 from offprincipal_peft.geometry.masks import build_mask
-from sparse import (
+from sparse_models import (
     SOME,
     STORED,
     MaskRecomputedError,
