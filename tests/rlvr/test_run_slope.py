@@ -24,9 +24,9 @@ def test_intervals_hold_the_slope_of_the_path(path: str, n: int) -> None:
     expected = stats.linregress(np.arange(n), truth).slope
     found = [run_slope((truth + generator.normal(0, 0.1, n)).tolist()) for _ in range(1000)]
     inside = np.mean([interval.low <= expected <= interval.high for interval in found])
-    assert 0.93 <= inside <= 0.985, inside  # seen: 0.945 to 0.968
+    assert 0.93 <= inside <= 0.985, inside  # seen: 0.940 to 0.968
     if path == "flat":
-        assert np.mean([interval.excludes(0.0) for interval in found]) <= 0.07  # seen: 0.043, 0.052
+        assert np.mean([interval.excludes(0.0) for interval in found]) <= 0.07  # seen: 0.058, 0.060
 
 
 def test_a_saturating_path_is_seen_to_rise_where_autocorrelated_noise_could_explain_it() -> None:
@@ -35,7 +35,7 @@ def test_a_saturating_path_is_seen_to_rise_where_autocorrelated_noise_could_expl
     truth = PATHS["saturating"](np.linspace(0, 1, 16))
     curves = [(truth + generator.normal(0, 0.1, 16)).tolist() for _ in range(100)]
     own, robust = (np.mean([f(curve).low > 0 for curve in curves]) for f in (run_slope, slope))
-    assert own > 0.9 and own > robust  # seen: 1.0 and 0.67
+    assert own > 0.9 and own > robust  # seen: 0.98 and 0.40
 
 
 def test_against_a_transcription() -> None:

@@ -98,8 +98,8 @@ def test_something_is_learned_and_moves_the_model(folder, tmp_path):
     config = trial(folder, algorithm="sft", steps=30, prompts_per_step=8, learning_rate=1e-2, method="full")
     record = finished(config, tmp_path)
     losses = [row["loss"] for row in record["curve"]]
-    assert losses[-1] < 0.5 * losses[0]  # seen: 4.4 -> 1.2
-    assert record["result"]["kl"] > 0.1  # seen: 2.6
+    assert losses[-1] < 0.5 * losses[0]  # seen: 4.41 -> 0.51
+    assert record["result"]["kl"] > 0.1  # seen: 3.3
     assert record["result"]["reward_slope"] is None  # nothing is rewarded
     assert record["result"]["forgetting"] != record["result"]["forgetting_base"]
 
