@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from offprincipal_peft.rlvr.records import cpu_name, write_json
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         **{name: version(name) for name in ("peft", "transformers")},
         "device": device,
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -32,15 +32,6 @@ def environment(device: str) -> dict[str, Any]:
         env["gpu"] = torch.cuda.get_device_name()
         env["cuda"] = torch.version.cuda
     return env
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
 
 
 def median(values: list[float]) -> float:
@@ -63,10 +54,5 @@ def paired_ratio(times: list[float], baseline: list[float], *, resamples: int = 
 
 def write_result(path: Path, payload: dict[str, Any]) -> None:
     """Write ``payload`` as JSON, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(payload, file, indent=1)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_json(path, payload)
     print(f"wrote {path}")

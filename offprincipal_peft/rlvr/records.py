@@ -82,7 +82,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.system(), "device": device},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system(), "device": device},
         "threads": torch.get_num_threads(),
         "git": git_state(Path(__file__).parent),
     }
@@ -144,7 +144,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
