@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from helpers import relative_error, tiny_gpt2, tiny_llama, token_batch
 from offprincipal_peft import OffPrincipalLoraConfig
-from offprincipal_peft.tuners.offprincipal_lora import layer as layer_module
+from offprincipal_peft.tuners.offprincipal_lora import fold
 from offprincipal_peft.tuners.offprincipal_lora.presets import PRESETS
 
 VOCAB = 128
@@ -75,7 +75,7 @@ def test_the_fused_naive_form_is_seen(monkeypatch):
 
     model, base = adapted(tiny_llama, torch.float32, "pissa"), tiny_llama()
     assert torch.equal(logits(model, False), logits(base, False))
-    monkeypatch.setattr(layer_module, "_differences", naive)
+    monkeypatch.setattr(fold, "_differences", naive)
     error = relative_error(logits(model, False), logits(base, False))
     assert 1e-8 < error < 1e-4  # observed: 3.3e-7
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ...geometry.numerics import full_precision
 from ...geometry.reversible_add import MergeRecord, Start, add_low_rank_, restore_
 from ..pending import PendingStarts
+from .fold import folded_factors
 from .inits import Bases, LayerStart, StartRequest, compute_start
 from .state import AdapterGeometry, FactorScope, FrozenFactor, check_loaded, stored_starts
 
@@ -205,19 +206,17 @@ class OffPrincipalLinear(LoraLinear):
         if self._pending:
             self.ensure_started(adapter_name)
         geometry = self.geometry[adapter_name]
-        A, B = _weight(self.lora_A, adapter_name), _weight(self.lora_B, adapter_name)
-        wide = torch.promote_types(A.dtype, torch.float32)
-        with torch.autocast(device_type=A.device.type, enabled=False):
-            left, right = B.to(wide), A.to(wide)
-            if geometry.difference:
-                A0 = _weight(self.lora_start_A, adapter_name).to(wide)
-                B0 = _weight(self.lora_start_B, adapter_name).to(wide)
-                left, right = _differences(left, right, B0, A0, geometry.request.config.train_factors)
-            if adapter_name in self.lora_basis_U:
-                left = _off_columns(left, _weight(self.lora_basis_U, adapter_name).to(wide))
-            if adapter_name in self.lora_basis_V:
-                right = _off_columns(right.T, _weight(self.lora_basis_V, adapter_name).to(wide)).T
-        return left, right
+        starts = (self.lora_start_B, self.lora_start_A) if geometry.difference else ({}, {})
+        B0, A0 = (_weight_or_none(container, adapter_name) for container in starts)
+        return folded_factors(
+            _weight(self.lora_B, adapter_name),
+            _weight(self.lora_A, adapter_name),
+            B0=B0,
+            A0=A0,
+            U=_weight_or_none(self.lora_basis_U, adapter_name),
+            V=_weight_or_none(self.lora_basis_V, adapter_name),
+            train_factors=geometry.request.config.train_factors,
+        )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of an adapter in the base weight's layout and the factors' dtype (computed in at least fp32)."""
@@ -376,18 +375,5 @@ def _weight(container: nn.ModuleDict, adapter_name: str) -> Tensor:
     return weight
 
 
-def _differences(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, train: str) -> tuple[Tensor, Tensor]:
-    """Factors of BA - B0 A0 that vanish exactly at the start.
-
-    [B - B0, B0] [A; A - A0] where both train; where only one does, the other equals its start and rank r is enough.
-    """
-    if train == "A":
-        return B0, A - A0
-    if train == "B":
-        return B - B0, A0
-    return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0], dim=0)
-
-
-def _off_columns(X: Tensor, Q: Tensor) -> Tensor:
-    """(I - Q Q^T) X for orthonormal Q (d, k) and X (d, n)."""
-    return torch.addmm(X, Q, Q.T @ X, alpha=-1)
+def _weight_or_none(container: Any, adapter_name: str) -> Tensor | None:
+    return _weight(container, adapter_name) if adapter_name in container else None
