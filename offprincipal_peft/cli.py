@@ -1,4 +1,5 @@
-"""``offprincipal``: compare adapters under reinforcement learning, sweep over their options, report what came out.
+"""``offprincipal``: compare adapters under reinforcement learning, sweep over their options, report what came out, and
+export a trained one for use elsewhere.
 
 Exit codes: 0 done, 1 some trials failed, 2 a mistake in the command or its files, 130 interrupted.
 """
@@ -22,7 +23,9 @@ EPILOG = """examples:
   offprincipal compare --methods lora,rlpo,offprincipal --rates 1e-4,3e-4 --seeds 0,1,2 --out runs/rates
   offprincipal compare --model Qwen/Qwen2.5-1.5B --task reasoning-gym:leg_counting --dtype bfloat16 --out runs/legs
   offprincipal sweep study.yaml --out runs/study --ray auto
-  offprincipal report runs/study"""
+  offprincipal report runs/study
+  offprincipal export my-adapter my-lora
+  offprincipal export my-adapter my-model --as merged --dtype bfloat16"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _expected(error: Exception) -> bool:
     """A mistake of the caller's, which its message explains: no traceback."""
+    from .interop import ExportError
     from .rlvr.records import RecordError
     from .rlvr.report import ReportError
     from .rlvr.sweep_folder import SweepError
     from .rlvr.sweep_yaml import SpecError
 
-    return isinstance(error, (RecordError, ReportError, SweepError, SpecError, Refused))
+    return isinstance(error, (ExportError, RecordError, ReportError, SweepError, SpecError, Refused))
 
 
 class Refused(ValueError):
@@ -86,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path)
     report.set_defaults(run=_report)
 
+    _export_options(commands.add_parser("export", help="write a saved adapter as a plain LoRA or a merged model"))
+
     methods = commands.add_parser("methods", help="list the methods")
     methods.set_defaults(run=_methods)
     return parser
@@ -118,6 +124,25 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster: auto, local, HOST:PORT or ray://HOST:PORT")
     parser.add_argument("--rerun-failed", action="store_true", help="run trials again that failed before")
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="the folder of a saved adapter")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=["lora", "merged"],
+        help="lora: a LoRA that plain PEFT loads, the default for off-principal adapters; merged: the base model with "
+        "the adapter in its weights, the default for all others",
+    )
+    parser.add_argument("--base", metavar="BASE", help="folder or id of the base, for merged; the adapter's by default")
+    parser.add_argument("--dtype", metavar="X", help="float32, bfloat16 or float16; the adapter's or base's by default")
+    parser.add_argument("--adapter-name", default="default", metavar="NAME", help="where the folder holds several")
+    parser.add_argument("--device", default="cpu", metavar="X", help="to merge on (default cpu)")
+    parser.add_argument("--compress", action="store_true", help="lora: the least rank that gives the same update")
+    parser.add_argument("--overwrite", action="store_true", help="replace an exported folder")
+    parser.set_defaults(run=_export)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -194,6 +219,25 @@ def _write_report(folder: Path) -> int:
     page, text = write_report(folder)
     print(terminal_summary(folder))
     print(f"\nreport: {page} (and {text.name})")
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .interop import default_form, export_lora, export_merged
+
+    form = options.form or default_form(options.adapter, options.adapter_name)
+    common = {"adapter_name": options.adapter_name, "dtype": options.dtype, "overwrite": options.overwrite}
+    if form == "lora":
+        if options.base is not None:
+            raise Refused("--base: a LoRA is written without its base model; leave it out, or add --as merged")
+        print(export_lora(options.adapter, options.out, compress=options.compress, **common).summary())
+        return DONE
+    if options.compress:
+        raise Refused("--compress: a merged model has no rank to compress; leave it out, or use --as lora")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    print(export_merged(options.adapter, options.out, base=options.base, device=options.device, **common).summary())
     return DONE
 
 

@@ -1,7 +1,8 @@
-"""The masked update in plain torch: layouts of trained entries, the packed linear, the packed optimiser step."""
+"""The masked update in plain torch: layouts of trained entries, packed products, the optimiser step."""
 
 from .layout import BlockLayout, ColumnLayout, ElementLayout, Layout, RowLayout, layout_of
 from .masked_adamw import MaskedAdamW
+from .packed_delta import packed_delta_linear
 from .packed_linear import packed_linear
 from .packed_update import write_sum_, write_values_
 
@@ -13,6 +14,7 @@ __all__ = [
     "MaskedAdamW",
     "RowLayout",
     "layout_of",
+    "packed_delta_linear",
     "packed_linear",
     "write_sum_",
     "write_values_",

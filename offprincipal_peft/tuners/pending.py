@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 
 class PendingStarts:
     """An adapter whose config came from a saved one: values are expected, so no decomposition is done yet.
@@ -26,3 +28,8 @@ class PendingStarts:
                 f"the saved adapter has no values for {len(missing)} of the {len(self.layers)} layers that adapter "
                 f"{self.adapter_name!r} targets (first: {missing[0]}); it is truncated or was made for another model."
             )
+
+
+def built_empty() -> bool:
+    """Whether modules are created without memory right now, as ``get_peft_model(low_cpu_mem_usage=True)`` does."""
+    return nn.Linear(1, 1, bias=False).weight.is_meta

@@ -21,6 +21,13 @@ _HOTSWAP_KEYS = [
     "principal_rank",
     "projection",
     "train_factors",
+    # the layers' record of where they started is the config's, and the next adapter copies it
+    "init_subspace",
+    "init_source",
+    "geora_rho",
+    "init_scale",
+    "init_factors",
+    "seed",
 ]
 
 

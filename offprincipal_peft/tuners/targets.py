@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
+import peft.utils
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
+
+from .base_weight import is_quantized_yet, quantization, weight_shape
+
+# PEFT 0.21's own error, a ValueError; code that adds an adapter to whatever fits catches it.
+NoMatch: type[ValueError] = getattr(getattr(peft.utils, "error", None), "NoMatchingPeftModuleError", ValueError)
 
 _SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -16,34 +24,60 @@ _SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64
 def matched_targets(
     tuner: BaseTuner, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None
 ) -> dict[str, nn.Module]:
-    """Modules that the config targets by their key, in model order; adapter internals excluded."""
+    """Modules that the config targets by their key, in model order; adapter internals excluded.
+
+    ``"all-linear"`` in the config is replaced by the layers that it stands for.
+    """
+    all_linear = config.target_modules == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
     from_checkpoint = None
     if state_dict is not None:
         from_checkpoint = {key.rsplit("." + tuner.prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
     inside: list[str] = []
     seen: list[str] = []
     targets: dict[str, nn.Module] = {}
-    for key, module in model.named_modules():
+    parents = dict(model.named_modules())
+    for key, module in parents.items():
         if not key or any(key.startswith(prefix) for prefix in inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside.append(key + ".")
         seen.append(key)
+        if from_checkpoint is not None:  # PEFT then names the layers of a compiled model without its prefix
+            key = key.removeprefix("_orig_mod.")
         matched = (
-            bool(tuner._check_target_module_exists(config, key))
-            if from_checkpoint is None
-            else key.removeprefix("_orig_mod.") in from_checkpoint
+            bool(tuner._check_target_module_exists(config, key)) if from_checkpoint is None else key in from_checkpoint
         )
         if matched:
-            _check_parent(key, model)
+            _check_parent(parents, key)
             targets[key] = module
     if from_checkpoint is None:
         _check_every_entry_matches(config, seen, targets, model)
+    if all_linear:
+        _tell_of_experts(model)
     return targets
 
 
-def _check_parent(key: str, model: nn.Module) -> None:
-    parent = model.get_submodule(key.rpartition(".")[0])
+def _tell_of_experts(model: nn.Module) -> None:
+    """Experts that a model keeps in one three-dimensional parameter are no linear layers, and most of its weights."""
+    experts = {
+        f"{name}.{key}": parameter.numel()
+        for name, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    if experts:
+        share = sum(experts.values()) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"target_modules='all-linear' adapts no experts: {len(experts)} parameters (first: {next(iter(experts))}), "
+            f"{share:.0%} of the model's weights, hold many matrices each and stay frozen.",
+            stacklevel=2,
+        )
+
+
+def _check_parent(modules: dict[str, nn.Module], key: str) -> None:
+    parent = modules.get(key.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise ValueError(
             f"{key} lies in a torch.nn.{type(parent).__name__}, which reads its layers' weights directly and would "
@@ -56,7 +90,7 @@ def _check_every_entry_matches(config: Any, seen: list[str], targets: dict[str, 
     if isinstance(config.target_modules, list | set | tuple):
         for entry in sorted(config.target_modules):
             if not any(key == entry or key.endswith(f".{entry}") for key in seen):
-                raise ValueError(
+                raise NoMatch(
                     f"target_modules entry {entry!r} matches no module of the model; its linear layers are named "
                     f"{', '.join(linear)}."
                 )
@@ -80,20 +114,21 @@ def check_supported(key: str, base: nn.Module, method: str, *, needs_values: boo
             "target_modules or list it in exclude_modules."
         )
     weight = base.weight
-    if type(weight) is not nn.Parameter or weight.dtype not in _SUPPORTED_DTYPES or weight.dim() != 2:
+    assert isinstance(weight, Tensor)
+    if quantization(base):
+        if needs_values and not is_quantized_yet(base):
+            raise ValueError(
+                f"{key} is a {kind} that holds no quantised values yet; bitsandbytes quantises when the model is moved "
+                "to a device, which from_pretrained(quantization_config=...) does."
+            )
+    elif type(weight) is not nn.Parameter or weight.dtype not in _SUPPORTED_DTYPES or weight.dim() != 2:
         raise ValueError(
             f"{key} ({kind}) has a weight of type {type(weight).__name__}, dtype {weight.dtype} and shape "
-            f"{tuple(weight.shape)}; {method} needs a plain 2-D parameter in float32, bfloat16, float16 or "
-            "float64. Quantised and sharded bases are not supported by this method."
+            f"{tuple(weight.shape)}; {method} needs a plain 2-D parameter in float32, bfloat16, float16 or float64, or "
+            "a bitsandbytes 4-bit or 8-bit layer. Other quantisations and sharded weights are not supported."
         )
     if needs_values and weight.is_meta:
         raise ValueError(
-            f"{key} (weight {weight.shape[0]} x {weight.shape[1]}) is on the meta device and has no values to "
+            f"{key} (weight {' x '.join(map(str, weight_shape(base)))}) is on the meta device and has no values to "
             "decompose; load the base model's weights first, or load a saved adapter with low_cpu_mem_usage=True."
         )
-
-
-def oriented_weight(base: nn.Module) -> Tensor:
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()

@@ -16,6 +16,7 @@ from offprincipal_peft.rlvr import sweep_ray
 from offprincipal_peft.rlvr.records import numeric_fields, read_records
 from offprincipal_peft.rlvr.sweep import SweepError, SweepSpec, run_sweep
 from offprincipal_peft.rlvr.sweep_ray import WorkOrder
+from versions import older_than
 
 FAKE = Path(__file__).with_name("fake_trial.py")
 COMMAND = [sys.executable, str(FAKE)]
@@ -58,6 +59,8 @@ def cluster() -> Iterator[Any]:
     head = {"num_cpus": 0, "object_store_memory": MEMORY, "_system_config": HEALTH, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        if older_than("ray", "2.52"):
+            patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)  # then its address is 127.0.0.1
         cluster = utilities.Cluster(initialize_head=True, head_node_args=head)
         patch.setenv("RAY_ADDRESS", cluster.address)  # what "auto" means
         try:

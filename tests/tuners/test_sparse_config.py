@@ -15,6 +15,7 @@ from offprincipal_peft.geometry.mask_expression import MaskExpressionError
 from offprincipal_peft.geometry.masks import MaskOptions
 from offprincipal_peft.tuners.principal_sparse import PrincipalSparseModel
 from sparse_models import sparse_config, sparse_layers
+from versions import older_than
 
 DEFAULTS = {
     "target_modules": "all-linear",
@@ -173,6 +174,8 @@ def test_one_config_object_serves_many_models_and_is_not_changed():
     before = copy.deepcopy(config)
     llama, gpt2, bigger = tiny(), tiny("gpt2"), tiny(hidden=64)
     hosts = [get_peft_model(model, config) for model in (llama, gpt2, bigger)]
+    if older_than("peft", "0.21"):  # it writes the name of a model that was made from a config, which is empty
+        before.base_model_name_or_path = ""
     assert config == before and config.target_modules == "all-linear"
     assert [len(sparse_layers(host)) for host in hosts] == [14, 8, 14]
     hosts[0].add_adapter("second", config)

@@ -7,22 +7,28 @@ computed once (:class:`FactorScope`).
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...geometry.numerics import full_precision
-from ...geometry.reversible_add import MergeRecord, Start, add_low_rank_, restore_
 from ..pending import PendingStarts
+from .config import OffPrincipalLoraConfig
 from .fold import folded_factors
 from .inits import Bases, LayerStart, StartRequest, compute_start
-from .state import AdapterGeometry, FactorScope, FrozenFactor, check_loaded, stored_starts
+from .merging import ExactMerge
+from .state import (
+    AdapterGeometry,
+    FactorScope,
+    FrozenFactor,
+    check_loaded,
+    stored_starts,
+    weight_of,
+)
 
 
 class OffPrincipalVariant(LoraVariant):
@@ -43,7 +49,7 @@ class OffPrincipalVariant(LoraVariant):
         return result + F.linear(F.linear(x, right), left)
 
 
-class OffPrincipalLinear(LoraLinear):
+class OffPrincipalLinear(ExactMerge, LoraLinear):
     """LoRA linear for ``nn.Linear`` and ``Conv1D`` bases with off-principal geometry."""
 
     merged_adapters: list[str]
@@ -66,6 +72,11 @@ class OffPrincipalLinear(LoraLinear):
         return {("init_subspace",): OffPrincipalVariant}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        if not isinstance(config, OffPrincipalLoraConfig):
+            raise ValueError(
+                f"{self._name} carries off-principal layers, which take no {type(config).__name__} adapters: "
+                "unload() first, or use OffPrincipalLoraConfig.preset('lora'), which is the same method as plain LoRA."
+            )
         if not hasattr(self, "lora_basis_U"):
             self.lora_start_A = nn.ModuleDict({})  # (r, d_in) each
             self.lora_start_B = nn.ModuleDict({})  # (d_out, r)
@@ -74,7 +85,7 @@ class OffPrincipalLinear(LoraLinear):
             self.geometry: dict[str, AdapterGeometry] = {}
             self.scope = FactorScope()  # replaced by the model's own, which its layers share
             self._pending: dict[str, PendingStarts] = {}
-            self._merge_record: MergeRecord | None = None
+            self._merge_record, self._quantized, self.merged_dtype = None, (), torch.float32
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def install(
@@ -123,7 +134,7 @@ class OffPrincipalLinear(LoraLinear):
             (self.lora_basis_V, start.V),
         ):
             if adapter_name in container and value is not None:
-                _weight(container, adapter_name).copy_(value)
+                weight_of(container, adapter_name).copy_(value)
 
     def ensure_started(self, adapter_name: str) -> None:
         """Compute a postponed start. Raises ``ValueError`` where a saved adapter filled other layers but not this."""
@@ -143,7 +154,7 @@ class OffPrincipalLinear(LoraLinear):
             self.ensure_started(name)
             for i, container in enumerate((self.lora_basis_U, self.lora_basis_V)):
                 if name in container and other.request.k == request.k:
-                    bases[i] = _weight(container, name).detach().clone()
+                    bases[i] = weight_of(container, name).detach().clone()
             if other.request.start_key == request.start_key and start is None:
                 start = self._recorded_factors(name, other)
         known = Bases(*bases)
@@ -166,11 +177,11 @@ class OffPrincipalLinear(LoraLinear):
         ):
             config = geometry.request.config
             if config.init_factors not in (factor, "both"):
-                factors.append(torch.zeros_like(_weight(live, name)))
+                factors.append(torch.zeros_like(weight_of(live, name)))
             elif name in container:
-                factors.append(_weight(container, name).detach().clone())
+                factors.append(weight_of(container, name).detach().clone())
             elif config.train_factors not in (factor, "both"):
-                factors.append(_weight(live, name).detach().clone())
+                factors.append(weight_of(live, name).detach().clone())
             else:
                 return None
         return factors[0], factors[1]
@@ -196,7 +207,7 @@ class OffPrincipalLinear(LoraLinear):
         if self.scope.usable and key in self.scope.folded:
             return self.scope.folded[key]
         left, right = self.effective_factors(adapter_name)
-        dtype = _weight(self.lora_A, adapter_name).dtype
+        dtype = weight_of(self.lora_A, adapter_name).dtype
         folded = (left.to(dtype), right.to(dtype))
         if self.scope.usable:
             self.scope.folded[key] = folded
@@ -205,110 +216,54 @@ class OffPrincipalLinear(LoraLinear):
     def _fold(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         if self._pending:
             self.ensure_started(adapter_name)
-        geometry = self.geometry[adapter_name]
-        starts = (self.lora_start_B, self.lora_start_A) if geometry.difference else ({}, {})
-        B0, A0 = (_weight_or_none(container, adapter_name) for container in starts)
+        B0, A0 = self.subtracted_starts(adapter_name)
         return folded_factors(
-            _weight(self.lora_B, adapter_name),
-            _weight(self.lora_A, adapter_name),
+            weight_of(self.lora_B, adapter_name),
+            weight_of(self.lora_A, adapter_name),
             B0=B0,
             A0=A0,
-            U=_weight_or_none(self.lora_basis_U, adapter_name),
-            V=_weight_or_none(self.lora_basis_V, adapter_name),
-            train_factors=geometry.request.config.train_factors,
+            U=self._basis(self.lora_basis_U, adapter_name),
+            V=self._basis(self.lora_basis_V, adapter_name),
+            train_factors=self.geometry[adapter_name].request.config.train_factors,
         )
+
+    def _basis(self, container: nn.ModuleDict, adapter_name: str) -> Tensor | None:
+        if adapter_name not in container:
+            return None
+        basis = weight_of(container, adapter_name).detach()
+        if basis.dtype not in (torch.float32, torch.float64):
+            raise self._was_cast("basis", basis.dtype)
+        return basis
+
+    def _was_cast(self, what: str, dtype: torch.dtype) -> RuntimeError:
+        return RuntimeError(
+            f"{self._name}: a {what} of the adapter was cast to {dtype} by code that writes parameters' data (PEFT's "
+            "cast_mixed_precision_params does), which is another start and another guarantee. Cast the model with "
+            ".to(dtype) instead, and load the adapter again."
+        )
+
+    def subtracted_starts(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
+        """B0 and A0 where the update subtracts their product, in the dtype and of the rank of the live factors.
+
+        A trainer may cast those alone (TRL does on quantised bases), hotswapping may pad them with zeros: the start
+        still cancels exactly.
+        """
+        if not self.geometry[adapter_name].difference:
+            return None, None
+        B, A = weight_of(self.lora_B, adapter_name), weight_of(self.lora_A, adapter_name)
+        B0, A0 = (weight_of(kept, adapter_name).detach() for kept in (self.lora_start_B, self.lora_start_A))
+        if B0.itemsize < B.itemsize:
+            raise self._was_cast("start", B0.dtype)
+        B0, A0 = B0.to(B.dtype), A0.to(A.dtype)
+        padding = A.shape[0] - A0.shape[0]
+        return (F.pad(B0, (0, padding)), F.pad(A0, (0, 0, 0, padding))) if padding else (B0, A0)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of an adapter in the base weight's layout and the factors' dtype (computed in at least fp32)."""
         with full_precision():
             left, right = self.effective_factors(adapter)
-            delta = (left @ right).to(_weight(self.lora_B, adapter).dtype)
+            delta = (left @ right).to(weight_of(self.lora_B, adapter).dtype)
         return delta.T if self.fan_in_fan_out else delta
-
-    # -- the base weight --------------------------------------------------------------------------------------
-
-    def _base_matrix(self) -> Tensor:
-        """The base weight's data as (d_out, d_in), a view for ``Conv1D``."""
-        weight = self.get_base_layer().weight.data
-        return weight.T if self.fan_in_fan_out else weight
-
-    def original_weight(self) -> Tensor:
-        """The base weight (d_out, d_in) without any merged adapter; a copy only while merged."""
-        weight = self._base_matrix()
-        if self._merge_record is None:
-            return weight
-        weight = weight.clone()
-        restore_(weight, self._merge_record)
-        return weight
-
-    @property
-    def merge_record_nbytes(self) -> int:
-        """Bytes held so that an unmerge restores the base exactly; 0 while not merged."""
-        return 0 if self._merge_record is None else self._merge_record.nbytes
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write base + dW of the given (default: active) adapters into the base weight, summed before rounding.
-
-        The update is added in fp32 (fp64 for fp32 bases) and rounded once, and a record is kept from which
-        :meth:`unmerge` restores the base's bytes. With ``safe_merge`` a result with NaN or infinity raises
-        ``ValueError`` and leaves the weight as it was.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lora_A]
-        if not names:
-            return
-        before = list(self.merged_adapters)
-        terms = self._merge_terms([*before, *names])
-        weight = self._base_matrix()
-        self._restore()
-        try:
-            record = add_low_rank_(weight, *terms)
-            if safe_merge and not torch.isfinite(weight).all():
-                restore_(weight, record)
-                raise ValueError(
-                    f"NaNs or infinities detected in the merged weights of {self._name}: adapter(s) "
-                    f"{', '.join(names)} seem to be broken. The base weight was left as it was."
-                )
-        except Exception:
-            if before:
-                self._merge_record = add_low_rank_(weight, *self._merge_terms(before))
-            raise
-        self._merge_record, self.merged_adapters = record, [*before, *names]
-
-    @full_precision()
-    def _merge_terms(self, names: list[str]) -> tuple[Tensor, Tensor, tuple[Start, ...]]:
-        """The summed update of several adapters; frozen starts are passed on, so that a record need not copy them."""
-        left, right, starts, rows = [], [], [], 0
-        for name in names:
-            geometry, scaling = self.geometry[name], float(self.scaling[name])
-            config = geometry.request.config
-            if geometry.difference and config.projection == "none" and config.train_factors == "both":
-                self.ensure_started(name)
-                B0, A0 = _weight(self.lora_start_B, name), _weight(self.lora_start_A, name)
-                wide = torch.promote_types(B0.dtype, torch.float32)
-                left.append((_weight(self.lora_B, name).to(wide) - B0.to(wide)) * scaling)
-                right.append(_weight(self.lora_A, name).to(wide))
-                starts.append(Start(slice(rows, rows + right[-1].shape[0]), B0.detach(), A0.detach(), scaling))
-            else:
-                for factors, factor in zip((left, right), self.effective_factors(name), strict=True):
-                    factors.append(factor)
-            rows += right[-1].shape[0]
-        return torch.cat(left, dim=1), torch.cat(right, dim=0), tuple(starts)
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight; its bytes are then the original ones."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore()
-        self.merged_adapters = []
-
-    def _restore(self) -> None:
-        if self._merge_record is not None:
-            try:
-                restore_(self._base_matrix(), self._merge_record)
-            except ValueError as error:
-                raise ValueError(f"{self._name}: {error}") from error
-            self._merge_record = None
 
     @property
     def _name(self) -> str:
@@ -336,6 +291,11 @@ class OffPrincipalLinear(LoraLinear):
             if not pending.keys_only:
                 self.ensure_started(name)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, geometry in self.geometry.items():  # the starts that the update subtracts, rounded as it does
+            for start, factor in (("lora_start_A", self.lora_A), ("lora_start_B", self.lora_B)):
+                key = f"{prefix}{start}.{name}.weight"
+                if geometry.difference and key in destination:
+                    destination[key] = destination[key].to(weight_of(factor, name).dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Check that what is about to be loaded is whole and fits before any of it is written."""
@@ -367,13 +327,3 @@ class OffPrincipalLinear(LoraLinear):
                 pending.unstarted.discard(geometry.request.name)
                 pending.filled.add(geometry.request.name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _weight(container: nn.ModuleDict, adapter_name: str) -> Tensor:
-    weight = container[adapter_name].weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _weight_or_none(container: Any, adapter_name: str) -> Tensor | None:
-    return _weight(container, adapter_name) if adapter_name in container else None

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..pending import PendingStarts
-from ..targets import check_supported, matched_targets, oriented_weight
+from ..base_weight import float_dtype, float_weight, forget_quantization, model_dtype, weight_shape
+from ..pending import PendingStarts, built_empty
+from ..targets import check_supported, matched_targets
+from ..transformers_loading import expect_nothing, expect_values
 from .config import OffPrincipalLoraConfig
 from .inits import LayerStart, StartRequest, check_request, compute_start, needs_decomposition
 from .layer import OffPrincipalLinear
 from .state import FactorScope
+from .weighted import Combination, add_weighted
 
 METHOD = "off-principal LoRA"
 
@@ -56,16 +58,16 @@ class OffPrincipalLoraModel(LoraModel):
         # PEFT writes the layers it found into target_modules: into a copy, so that the caller's config can be reused.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
-        _maybe_include_all_linear_layers(config, model)
-        frozen_config = copy.copy(config)  # requests outlive this call, the user's config may change
         targets = matched_targets(self, config, model, state_dict)
+        frozen_config = copy.copy(config)  # requests outlive this call, the user's config may change
         self._requests = {key: _request(frozen_config, key, module) for key, module in targets.items()}
         for request in self._requests.values():
             check_request(request)
         self._pending.pop(adapter_name, None)
-        values_follow = config._values_may_follow or low_cpu_mem_usage
+        values_follow = config._values_may_follow or low_cpu_mem_usage or built_empty()
         if values_follow:
             self._pending[adapter_name] = PendingStarts(adapter_name, set(targets))
+            expect_values(model, adapter_name)
         for key, module in targets.items():
             start = self._start(self._requests[key], module, only_if_cheap=values_follow)
             if start is not None:
@@ -81,7 +83,7 @@ class OffPrincipalLoraModel(LoraModel):
         ``only_if_cheap`` returns ``None`` instead of decomposing a weight.
         """
         if not isinstance(module, OffPrincipalLinear):
-            return None if only_if_cheap else compute_start(oriented_weight(module), request)
+            return None if only_if_cheap else compute_start(float_weight(module), request)
         start, known = module.known_start(request)
         if start is not None:
             return start
@@ -121,7 +123,7 @@ class OffPrincipalLoraModel(LoraModel):
             is_target_conv_1d_layer=isinstance(target, Conv1D),
             **kwargs,
         )
-        layer.scope = self.scope
+        layer.scope, layer.merged_dtype = self.scope, model_dtype(self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -140,7 +142,7 @@ class OffPrincipalLoraModel(LoraModel):
         for module in self.model.modules():
             if not isinstance(module, OffPrincipalLinear) or adapter_name not in module.lora_A:
                 continue
-            dtype = module.get_base_layer().weight.dtype
+            dtype = float_dtype(module.get_base_layer(), model_dtype(self.model))
             for container in (module.lora_A, module.lora_B, module.lora_start_A, module.lora_start_B):
                 if adapter_name in container:
                     container[adapter_name].to(dtype)
@@ -149,7 +151,9 @@ class OffPrincipalLoraModel(LoraModel):
         """As in PEFT; a merged adapter is refused (PEFT 0.20 would delete it and leave its update in the base)."""
         layers = (m for m in self.model.modules() if isinstance(m, OffPrincipalLinear))
         if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]!r} while they are merged. Please unmerge them first."
+            )
         super().delete_adapter(adapter_name)
         self._pending.pop(adapter_name, None)
 
@@ -167,6 +171,8 @@ class OffPrincipalLoraModel(LoraModel):
         finally:
             for each in pending:
                 each.keys_only = False
+            for module in model.modules():
+                expect_nothing(module)
 
     # -- running ----------------------------------------------------------------------------------------------
 
@@ -189,16 +195,50 @@ class OffPrincipalLoraModel(LoraModel):
             for module in self.model.modules():
                 if isinstance(module, OffPrincipalLinear) and module.merged:
                     module.unmerge()
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        forget_quantization(base)
+        return base
 
     # -- LoRA operations that combine raw factors -------------------------------------------------------------
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: PEFT combines lora_A and lora_B, which are not the update where starts or projections differ."""
-        raise ValueError(
-            "add_weighted_adapter combines the raw lora_A and lora_B, but the update of an off-principal adapter also "
-            "depends on its starts and bases. Merge the adapters instead: model.merge_adapter(adapter_names=[...])."
-        )
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter whose update is a weighted sum of other adapters' updates, as PEFT does for LoRA.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one finite number for each, negative ones too.
+            adapter_name: of the new adapter.
+            combination_type: ``"cat"`` (exact; its rank is the sum of theirs), ``"svd"`` (the best approximation of
+                ``svd_rank``), or, for adapters without a projection, PEFT's ``"ties_svd"``, ``"dare_linear_svd"``,
+                ``"dare_ties_svd"`` and ``"magnitude_prune_svd"`` of the dense updates.
+            svd_rank: of the kinds with an SVD; by default the largest rank among the adapters.
+            svd_clamp: a quantile to which the resulting factors are clamped, as in PEFT.
+            svd_full_matrices: accepted for PEFT's signature; the result does not depend on it.
+            svd_driver: accepted for PEFT's signature; only factors of the rank's size are decomposed.
+            density: fraction of entries that the ``ties``, ``dare`` and ``magnitude_prune`` kinds keep.
+            majority_sign_method: of the ``ties`` kinds.
+
+        The new adapter is frozen, has no start to subtract and scaling 1. Where all the adapters are projected off the
+        same directions it is too. A module that one of them trained whole (``modules_to_save``) is copied.
+
+        Raises:
+            ValueError: an unknown or taken name, a combination of raw factors (``"linear"`` and its kin, which would
+                not be the combination of the updates), or one that would leave the off-principal subspace.
+        """
+        how = Combination(combination_type, svd_rank, svd_clamp, density, majority_sign_method)
+        add_weighted(self, adapters, weights, adapter_name, how)
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Refused: no base weight was mutated, so there is nothing to convert."""
@@ -219,8 +259,7 @@ def _request(config: OffPrincipalLoraConfig, key: str, module: nn.Module) -> Sta
     base = module.get_base_layer() if isinstance(module, OffPrincipalLinear) else module
     reads_weight = config.init_subspace in ("top", "bottom", "null") or config.projection != "none"
     check_supported(key, base, METHOD, needs_values=reads_weight and not config._values_may_follow)
-    d_out, d_in = oriented_weight(base).shape
-    shape = (d_out, d_in)
+    shape = weight_shape(base)
     r = _pattern_value(config.rank_pattern, key, config.r)
     alpha = _pattern_value(config.alpha_pattern, key, config.lora_alpha)
     scaling = alpha / r**0.5 if config.use_rslora else alpha / r

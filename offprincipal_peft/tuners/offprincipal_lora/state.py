@@ -26,6 +26,10 @@ class FrozenFactor(nn.Module):
         self.keep_precision = keep_precision
         self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
 
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Frozen also where a loader puts its own parameter in this one's place."""
+        super().register_parameter(name, None if param is None else param.requires_grad_(False))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactor:
         before = self.weight.data
         super()._apply(fn, recurse)
@@ -84,6 +88,20 @@ def stored_starts(config: OffPrincipalLoraConfig) -> tuple[bool, bool]:
         is_own_record = config.train_factors == other and config.init_factors != "both"
         kept.append(started and not is_own_record and (costly or config.init_factors == "both"))
     return kept[0], kept[1]
+
+
+def weight_of(container: nn.ModuleDict, adapter_name: str) -> Tensor:
+    """A factor's weight, brought in where accelerate keeps it elsewhere between calls of its module."""
+    module: Any = container[adapter_name]
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and module.weight.is_meta:
+        hook.pre_forward(module)
+        weight: Tensor = module.weight
+        hook.post_forward(module, None)
+        return weight
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def check_loaded(

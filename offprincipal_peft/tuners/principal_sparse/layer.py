@@ -18,17 +18,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...geometry.mask_storage import fingerprint
-from ...kernels import packed_linear
+from ...kernels import packed_delta_linear, packed_linear
+from ..base_weight import dequantized_copy, float_dtype, quantization, weight_shape
 from ..pending import PendingStarts
 from .config import PrincipalSparseConfig
 from .packed import PackedDelta
-from .plan import MaskPlan, build_plan, other_base, read_plan
+from .plan import MaskPlan, build_plan
 from .scope import WriteScope
+from .storing import StoredAdapters, Vetted
 
 
-class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
-    """Sparse fine-tuning of an ``nn.Linear`` or ``Conv1D``."""
+class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
+    """Sparse fine-tuning of an ``nn.Linear``, a ``Conv1D`` or a layer that bitsandbytes quantised."""
 
     if TYPE_CHECKING:  # what the mixin, which carries no types, brings
         active_adapters: list[str]
@@ -41,9 +42,14 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("princsparse_delta",)
     other_param_names: tuple[str, ...] = ("configs",)
 
-    def __init__(self, base_layer: nn.Module, name: str, scope: WriteScope) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, scope: WriteScope, merged_dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.merged_dtype = merged_dtype  # of a merged copy of int8 codes, which do not tell
+        self.cast_input_dtype_enabled = True  # PEFT's helpers set it; inputs are never cast here
+        self._quantized: tuple[nn.Module, ...] = ()  # the layer that a merge replaced; a tuple hides it from torch
         self.name, self.scope = name, scope
         self.transposed = isinstance(base_layer, Conv1D)
         self.princsparse_delta = nn.ModuleDict({})  # PackedDelta, by adapter
@@ -51,17 +57,33 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         self.written: str | None = None  # the adapter whose values the base weight holds
         self._fresh: tuple[int, str] | None = None  # the scope in which it was last written, and the adapter
         self._pending: dict[str, PendingStarts] = {}
-        self._vetted: dict[str, tuple[Tensor, MaskPlan, Tensor]] = {}  # checked, about to be loaded
+        self._vetted: Vetted = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     @property
     def in_features(self) -> int:
-        return int(self.stored_matrix().shape[0 if self.transposed else 1])
+        return weight_shape(self.get_base_layer())[1]
 
     @property
     def out_features(self) -> int:
-        return int(self.stored_matrix().shape[1 if self.transposed else 0])
+        return weight_shape(self.get_base_layer())[0]
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        d_out, d_in = weight_shape(self.get_base_layer())
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
+
+    @property
+    def device(self) -> torch.device:
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base weight cannot be written now: the update is then a product of its own."""
+        return quantization(self.get_base_layer()) is not None
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
@@ -77,8 +99,7 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         """Add an adapter with its mask, or one whose mask and values are still to come (``plan`` is None)."""
         if self.written == adapter:
             self.restore()
-        matrix = self.stored_matrix()
-        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        dtype = torch.promote_types(float_dtype(self.get_base_layer()), torch.float32)
         delta = PackedDelta(self, adapter, config.precision, dtype)
         self.princsparse_delta[adapter] = delta
         self.configs[adapter] = config
@@ -130,7 +151,9 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
-            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]!r} while they are merged. Please unmerge them first."
+            )
         if self.written == adapter_name:
             self.restore()
         super().delete_adapter(adapter_name)
@@ -161,6 +184,11 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         delta.bind()
         delta.check_untouched()
         matrix = self.stored_matrix()
+        if matrix.is_meta:
+            raise RuntimeError(
+                f"{self.name}: the base weight has no values (meta device, where accelerate's offloading keeps it), "
+                "but this method keeps its values in it. Load the model onto one device."
+            )
         if delta.precision != "fp32" and matrix.dtype != torch.bfloat16:
             raise RuntimeError(
                 f"{self.name}: precision={delta.precision!r} keeps the trained values in a bfloat16 weight, which is "
@@ -195,6 +223,20 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
         layout.scatter_(dense, layout.expand(values))
         return dense
 
+    @torch.no_grad()
+    def set_update(self, adapter: str, dense: Tensor) -> None:
+        """Give an adapter the masked entries of a dense update, in the stored weight's orientation."""
+        self.restore()
+        delta = self.delta(adapter)
+        plan = delta.plan
+        assert plan is not None
+        update = delta.layout.gather(dense.contiguous())
+        if delta.precision == "fp32":
+            delta.install(plan, delta.layout.compress(update).to(delta.stored_dtype))
+            return
+        values = delta.layout.gather(self.stored_matrix()).float() + update.float()
+        delta.install(plan, delta.layout.compress(values).to(delta.stored_dtype))
+
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and not self.merged:
             self.restore()
@@ -203,8 +245,9 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave one adapter's values in the base weight: the weight that the layer computes with anyway.
 
-        Raises ``ValueError`` for a second adapter (two masks' values cannot both be the weight's), and with
-        ``safe_merge`` for values that are not finite; the weight is then as it was.
+        A quantised layer is replaced by a float copy that holds them. Raises ``ValueError`` for a second adapter (two
+        masks' values cannot both be the weight's), and with ``safe_merge`` for values that are not finite; the weight
+        is then as it was.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.princsparse_delta]
         if not names:
@@ -218,9 +261,13 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
             self.ensure_started(names[0])
             if not bool(self.delta(names[0]).values().isfinite().all()):
                 raise ValueError(
-                    f"NaNs or infinities detected in the values of {self.name}: adapter {names[0]} seems to be "
-                    "broken. The base weight was left as it was."
+                    f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken ({self.name}: NaN "
+                    "or infinity). The base weight was left as it was."
                 )
+        if self.quantized:
+            self.ensure_started(names[0])
+            base = self.get_base_layer()
+            self._quantized, self.base_layer = (base,), dequantized_copy(base, self.merged_dtype)
         self.realise(names[0])
         self.merged_adapters = [names[0]]
 
@@ -230,28 +277,41 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
+        if not self._quantized:
+            weight: Any = self.get_base_layer().weight
+            weight.data = weight.data.clone()  # who still reads the merged values, a weight transfer, keeps them
         self.restore()
+        if self._quantized:
+            self.base_layer, self._quantized = self._quantized[0].to(self.device), ()
 
     # -- running ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("batches that mix adapters are not supported: a layer holds one adapter's weights at once")
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_names(x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             self.restore()
             return self._base(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names)
         if self.merged:
             return self._base(x, *args, **kwargs)
         adapter = self._active()
         if adapter is None:
             self.restore()
             return self._base(x, *args, **kwargs)
+        return self._with_adapter(x, adapter)
+
+    def _with_adapter(self, x: Tensor, adapter: str) -> Tensor:
+        if self.quantized:
+            return self._beside_base(x, adapter)
         self.realise(adapter)
         delta = self.delta(adapter)
         if not torch.is_grad_enabled() or not (x.requires_grad or delta.weight.requires_grad):
-            return self._base(x, *args, **kwargs)
+            return self._base(x)
         base = self.get_base_layer()
         assert isinstance(base.weight, Tensor)
         return packed_linear(
@@ -263,6 +323,43 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
             transposed=self.transposed,
             before_backward=partial(self._before_backward, adapter, delta),
         )
+
+    def _beside_base(self, x: Tensor, adapter: str) -> Tensor:
+        """``base(x) + dW x``: what a quantised base allows. Zero updates leave the base's output as it is."""
+        self.ensure_started(adapter)
+        delta = self.delta(adapter)
+        result = self._base(x)
+        return result + packed_delta_linear(x, delta.weight, delta.layout).to(result.dtype)
+
+    def _check_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Each sample with the adapter that it names; ``"__base__"`` and adapters without a mask here: the base's own.
+
+        The weight is rewritten for every adapter of the batch.
+        """
+        result: Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            part = x.index_select(0, rows)
+            if name in self.princsparse_delta:
+                out = self._with_adapter(part, name)
+            else:
+                self.restore()
+                out = self._base(part)
+            result = out.new_empty((x.shape[0], *out.shape[1:])) if result is None else result
+            result.index_copy_(0, rows, out)
+        assert result is not None
+        return result
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.base_layer(x, *args, **kwargs)
@@ -291,86 +388,3 @@ class PrincipalSparseLinear(nn.Module, BaseTunerLayer):
             )
         if not self.merged and (self.written != adapter):
             self.realise(adapter)
-
-    # -- moving and storing --------------------------------------------------------------------------------------------
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the base's device, but not to its dtype."""
-        device = device if device is not None else self.stored_matrix().device
-        if adapter_name in self.princsparse_delta:
-            delta = self.delta(adapter_name)
-            if not delta.weight.is_meta and device.type != "meta":
-                delta.to(device)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The base's tensors are saved as the base's own, unless an adapter is merged into them."""
-        for name, pending in self._pending.items():
-            if not pending.keys_only:
-                self.ensure_started(name)
-        if not self.merged:
-            self.restore()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def vet(self, adapter: str, stored: dict[str, Tensor], identity: Tensor | None = None) -> tuple[MaskPlan, Tensor]:
-        """Check a saved adapter's tensors for this layer and remember the result for the load that follows.
-
-        Raises ``ValueError`` for a merged layer and whatever :func:`.plan.read_plan` refuses.
-        """
-        known = self._vetted.get(adapter)
-        if identity is None and known is not None and known[0] is stored.get("entries"):
-            return known[1], known[2]
-        self._check_unmerged()
-        self.restore()
-        if identity is None and not self.stored_matrix().is_meta:
-            identity = fingerprint(self.stored_matrix())
-        plan, values = read_plan(
-            stored,
-            self.stored_matrix(),
-            identity,
-            self.configs[adapter],
-            self.delta(adapter).stored_dtype,
-            transposed=self.transposed,
-            where=f"{self.name}, adapter {adapter!r}",
-        )
-        self._vetted[adapter] = (stored["entries"], plan, values)
-        return plan, values
-
-    def forget_vetted(self) -> None:
-        self._vetted.clear()
-
-    def _check_unmerged(self) -> None:
-        if self.merged:
-            raise ValueError(
-                f"{self.name}: adapter {self.merged_adapters[0]!r} is merged; loading values now would make the base "
-                "impossible to restore. Call unmerge_adapter() first."
-            )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Check everything that is about to be loaded into this layer before any of it is written."""
-        incoming = state_dict.get(f"{prefix}base_layer.weight")
-        identity = None
-        if incoming is not None:
-            self._check_unmerged()
-            self.restore()
-            incoming = incoming.to(self.stored_matrix().dtype)
-            identity = fingerprint(incoming)
-        loads = {}
-        for adapter in self.princsparse_delta:
-            start = f"{prefix}princsparse_delta.{adapter}."
-            stored = {k[len(start) :]: v for k, v in state_dict.items() if k.startswith(start)}
-            plan = self.delta(adapter).plan
-            if stored:
-                loads[adapter] = self.vet(adapter, stored, identity)
-            elif identity is not None and plan is not None and not torch.equal(plan.base, identity):
-                raise ValueError(other_base(f"{self.name}, adapter {adapter!r}"))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if incoming is not None:
-            self.stored_matrix().copy_(incoming)
-        for adapter, (plan, values) in loads.items():
-            self.restore()
-            self.delta(adapter).install(plan, values)
-            pending = self._pending.pop(adapter, None)
-            if pending is not None:
-                pending.unstarted.discard(self.name)
-                pending.filled.add(self.name)
-        self.forget_vetted()

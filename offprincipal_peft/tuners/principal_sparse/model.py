@@ -5,21 +5,25 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ...geometry.masks import MatchReport, OverlapReport, needs_spectrum
-from ..pending import PendingStarts
+from ..base_weight import forget_quantization, model_dtype, quantization
+from ..pending import PendingStarts, built_empty
 from ..targets import check_supported, matched_targets
+from ..transformers_loading import expect_nothing, expect_values
 from .config import PrincipalSparseConfig
 from .layer import PrincipalSparseLinear
+from .mixed import named_batch
 from .plan import MaskPlan, build_plan
 from .scope import WriteScope
+from .weighted import add_weighted
 
 METHOD = "principal-masked sparse fine-tuning"
 
@@ -69,22 +73,52 @@ class PrincipalSparseModel(BaseTuner):
         if "scope" not in self.__dict__:
             self.scope = WriteScope()
             self._plans: dict[str, MaskPlan] = {}
+            self._given_plans: dict[str, MaskPlan] | None = None
             self._pending: dict[str, PendingStarts] = {}
         # PEFT writes the layers it found into target_modules: into a copy, so that the caller's config can be reused.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
-        _maybe_include_all_linear_layers(config, model)
         targets = matched_targets(self, config, model, state_dict)
-        values_follow = config._values_may_follow or low_cpu_mem_usage
+        values_follow = config._values_may_follow or low_cpu_mem_usage or built_empty()
         _check_targets(config, targets, model, needs_values=not values_follow)
         self._pending.pop(adapter_name, None)
         if values_follow:
             self._pending[adapter_name] = PendingStarts(adapter_name, set(targets))
-        self._plans = _plans(config, targets, known_only=values_follow)
+            expect_values(model, adapter_name)
+        given = self._given_plans
+        self._plans = _plans(config, targets, known_only=values_follow) if given is None else dict(given)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._plans = {}
+
+    def inject_with_plans(self, adapter_name: str, plans: dict[str, MaskPlan]) -> None:
+        """Inject an adapter whose masks are known, for every layer that its config targets."""
+        self._given_plans = plans
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        finally:
+            self._given_plans = None
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of other adapters' updates, on the union of their masks.
+
+        Args:
+            adapters: names of the adapters to combine; they may differ in their mask expressions and target modules.
+            weights: one finite number for each, negative ones too.
+            adapter_name: of the new adapter, which is frozen.
+            combination_type: ``"linear"`` (``"cat"`` is the same sum).
+
+        The sum is formed in fp32 and stored in the adapters' precision. A module that one of them trained whole
+        (``modules_to_save``) is copied.
+
+        Raises:
+            ValueError: an unknown or taken name, another kind of combination, configs that differ in more than the
+                mask, or masks that leave nothing frozen together.
+        """
+        add_weighted(self, adapters, weights, adapter_name, combination_type)
 
     def _create_and_replace(
         self,
@@ -97,11 +131,13 @@ class PrincipalSparseModel(BaseTuner):
         **unused: Any,
     ) -> None:
         plan, pending = self._plans.pop(current_key, None), self._pending.get(adapter_name)
+        if plan is None and pending is None:
+            raise KeyError(f"no mask was planned for {current_key}, which PEFT targets; {len(self._plans)} others were")
         frozen_config = copy.copy(config)  # the layer's own: the user's may change
         if isinstance(target, PrincipalSparseLinear):
             target.update_layer(adapter_name, frozen_config, plan, pending, inference_mode=config.inference_mode)
             return
-        layer = PrincipalSparseLinear(target, current_key, self.scope)
+        layer = PrincipalSparseLinear(target, current_key, self.scope, model_dtype(self.model))
         layer._active_adapter = adapter_name  # type: ignore[assignment]
         layer.update_layer(adapter_name, frozen_config, plan, pending, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
@@ -120,7 +156,9 @@ class PrincipalSparseModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; a merged adapter is refused before any layer is touched."""
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
-            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]!r} while they are merged. Please unmerge them first."
+            )
         super().delete_adapter(adapter_name)
         self._pending.pop(adapter_name, None)
 
@@ -141,36 +179,30 @@ class PrincipalSparseModel(BaseTuner):
         finally:
             for each in pending:
                 each.keys_only = False
-        stored: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        infix = f".princsparse_delta.{adapter_name}."
-        for key, value in remapped.items():
-            path, found, name = key.rpartition(infix)
-            if found:
-                stored[path][name] = value
-        missing = sorted(set(layers) - set(stored))
-        if stored and missing:
-            raise ValueError(
-                f"the saved adapter has no values for {len(missing)} of the {len(layers)} layers that adapter "
-                f"{adapter_name!r} targets (first: {missing[0]}); it is truncated or was made for another model. "
-                "Nothing was changed."
-            )
-        try:
-            for path, layer in layers.items():
-                if path in stored:
-                    layer.vet(adapter_name, stored[path])
-        except Exception:
-            for layer in layers.values():
-                layer.forget_vetted()
-            raise
+        _vet(layers, adapter_name, remapped)
+        for module in model.modules():
+            expect_nothing(module)
         return remapped
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """The same check under PEFT 0.20, which has no hook before a load; torch calls this before any layer's own.
+
+        A state dict with base weights is a plain ``load_state_dict``: each layer checks what it gets.
+        """
+        hooked = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")  # PEFT 0.21
+        if not hooked and not any(".base_layer." in key for key in state_dict):
+            layers = {prefix + k: m for k, m in self.named_modules() if isinstance(m, PrincipalSparseLinear)}
+            for name in self.peft_config:
+                _vet({k: m for k, m in layers.items() if name in m.princsparse_delta}, name, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # -- running ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("batches that mix adapters are not supported: a layer holds one adapter's weights at once")
-        with self.scope.open():
+        names = kwargs.get("adapter_names")
+        mixed = nullcontext() if names is None else named_batch(self.model, names, kwargs.get("num_beams"))
+        with self.scope.open(), mixed:
             yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
@@ -180,7 +212,13 @@ class PrincipalSparseModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
                 layer.restore()
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        else:
+            for layer in self._layers():
+                if not layer.merged:  # the merge may name another adapter than the active one, whose values are there
+                    layer.restore()
+        base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        forget_quantization(base)
+        return base
 
     def _layers(self) -> Iterator[PrincipalSparseLinear]:
         return (m for m in self.model.modules() if isinstance(m, PrincipalSparseLinear))
@@ -192,9 +230,37 @@ class PrincipalSparseModel(BaseTuner):
         for layer in self._layers():
             for delta in layer.packed():
                 if delta.plan is not None:
-                    total = layer.stored_matrix().numel()
+                    total = layer.in_features * layer.out_features
                     reports[delta.adapter][layer.name] = MaskReport(delta.count, total, tuple(delta.plan.reports))
         return reports
+
+
+def _vet(layers: dict[str, PrincipalSparseLinear], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Check the tensors of every layer (key in ``state_dict`` -> layer) of an adapter; nothing is written.
+
+    Raises ``ValueError`` where some layers have tensors and others none, and whatever a layer refuses.
+    """
+    stored: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    infix = f".princsparse_delta.{adapter_name}."
+    for key, value in state_dict.items():
+        path, found, name = key.rpartition(infix)
+        if found:
+            stored[path][name] = value
+    missing = sorted(set(layers) - set(stored))
+    if stored and missing:
+        raise ValueError(
+            f"the saved adapter has no values for {len(missing)} of the {len(layers)} layers that adapter "
+            f"{adapter_name!r} targets (first: {missing[0]}); it is truncated or was made for another model. "
+            "Nothing was changed."
+        )
+    try:
+        for path, layer in layers.items():
+            if path in stored:
+                layer.vet(adapter_name, stored[path])
+    except Exception:
+        for layer in layers.values():
+            layer.forget_vetted()
+        raise
 
 
 # -- planning: which entries, before the model is touched -----------------------------------------------------------
@@ -232,16 +298,26 @@ def _check_targets(
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta:
-            owners[parameter.untyped_storage().data_ptr()].append(name)
+            owners[parameter.untyped_storage().data_ptr()].append(name.removeprefix("_orig_mod."))
     for key, module in targets.items():
         base = module.get_base_layer() if isinstance(module, PrincipalSparseLinear) else module
         check_supported(key, base, METHOD, needs_values=needs_values)
         weight = base.weight
         assert isinstance(weight, Tensor)
+        if config.precision != "fp32" and quantization(base):
+            raise ValueError(
+                f"{key}: precision={config.precision!r} keeps the trained values in the base weight, which is "
+                "quantised here and cannot hold them; use precision='fp32'."
+            )
         if config.precision != "fp32" and weight.dtype != torch.bfloat16:
             raise ValueError(
                 f"{key}: precision={config.precision!r} keeps the trained values in a bfloat16 weight, this one is "
                 f"{weight.dtype}; load the model in bfloat16 or use precision='fp32'."
+            )
+        if weight.is_meta and hasattr(base, "_hf_hook"):
+            raise ValueError(
+                f"{key}: accelerate offloads its weight (device_map to 'cpu' or 'disk'), but {METHOD} keeps its values "
+                "in the weight. Load the model onto one device, or use off-principal LoRA, which leaves it alone."
             )
         if weight.is_meta:
             continue
@@ -250,7 +326,11 @@ def _check_targets(
                 f"{key}: its weight of shape {tuple(weight.shape)} is stored with strides {weight.stride()}; entries "
                 "are addressed by position in a contiguous weight. Replace it by weight.contiguous() first."
             )
-        shared = [name for name in owners[weight.untyped_storage().data_ptr()] if not name.startswith(f"{key}.")]
+        shared = [
+            name
+            for name in owners[weight.untyped_storage().data_ptr()]
+            if not name.startswith(f"{key.removeprefix('_orig_mod.')}.")
+        ]
         if shared:
             raise ValueError(
                 f"{key}: its weight is shared with {', '.join(shared)} (tied weights): training its entries would "

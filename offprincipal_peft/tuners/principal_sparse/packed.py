@@ -36,7 +36,8 @@ class PackedDelta(nn.Module, PackedMaster):
         self.stash: Tensor | None = None
         self.sample: Tensor | None = None
         self.forwards = 0
-        self.weight = nn.Parameter(torch.empty(0, dtype=dtype if precision == "fp32" else torch.bfloat16))
+        self.kept_dtype = dtype if precision == "fp32" else torch.bfloat16  # a trainer may cast the parameter itself
+        self.weight = nn.Parameter(torch.empty(0, dtype=self.kept_dtype))
         self.bind()
 
     # -- the optimiser's side -----------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ class PackedDelta(nn.Module, PackedMaster):
     @property
     def stored_dtype(self) -> torch.dtype:
         """Of the values in a saved adapter."""
-        return torch.float32 if self.precision == "split" else self.weight.dtype
+        return torch.float32 if self.precision == "split" else self.kept_dtype
 
     @torch.no_grad()
     def install(self, plan: MaskPlan, values: Tensor | None = None) -> None:
@@ -93,18 +94,17 @@ class PackedDelta(nn.Module, PackedMaster):
 
         The parameter object stays where its size and device do, so that an optimiser that holds it stays right.
         """
-        matrix = self.owner[0].stored_matrix()
-        device, slots = matrix.device, plan.layout.slots
+        device, slots = self.owner[0].device, plan.layout.slots
         plan.layout = plan.layout.to(device)
         self.plan, self.stash = plan, None
         if values is not None:
-            values = self._expanded(values.to(device), matrix)
+            values = self._expanded(values.to(device))
         if self.weight.shape != (slots,) or self.weight.device != device:
-            fresh = torch.zeros(slots, dtype=self.weight.dtype, device=device)
+            fresh = torch.zeros(slots, dtype=self.kept_dtype, device=device)
             self.weight = nn.Parameter(fresh, requires_grad=self.weight.requires_grad)
         self.bind()
         if self.precision == "split":
-            high, low = split_master(plan.layout.gather(matrix).float() if values is None else values)
+            high, low = split_master(self._originals().float() if values is None else values)
             self.stash = high
             self.weight.data.copy_(low.view(torch.bfloat16))
         elif values is not None:
@@ -112,10 +112,13 @@ class PackedDelta(nn.Module, PackedMaster):
         elif self.precision == "fp32":
             self.weight.data.zero_()
         else:
-            self.weight.data.copy_(plan.layout.gather(matrix))
+            self.weight.data.copy_(self._originals())
         self.stepped()
 
-    def _expanded(self, values: Tensor, matrix: Tensor) -> Tensor:
+    def _originals(self) -> Tensor:
+        return self.layout.gather(self.owner[0].stored_matrix())
+
+    def _expanded(self, values: Tensor) -> Tensor:
         """Saved values (count,) in the layout's slots; a slot that is not trained holds the base's own value."""
         layout = self.layout
         if layout.slots == layout.count:
@@ -123,12 +126,12 @@ class PackedDelta(nn.Module, PackedMaster):
         if self.precision == "fp32":
             return layout.expand(values)
         expanded, mask = layout.expand(values), layout.units().view(-1)
-        return torch.where(mask, expanded, layout.gather(matrix).to(values.dtype))
+        return torch.where(mask, expanded, self._originals().to(values.dtype))
 
     def values(self) -> Tensor:
         """What is saved, (count,): the fp32 update, the fp32 trained values (split) or the bf16 trained values."""
         if self.precision != "split":
-            return self.layout.compress(self.weight.detach())
+            return self.layout.compress(self.weight.detach()).to(self.stored_dtype)
         high = self.layout.gather(self.owner[0].stored_matrix()) if self.is_written else self.stash
         assert high is not None
         return self.layout.compress(
@@ -142,7 +145,7 @@ class PackedDelta(nn.Module, PackedMaster):
             return  # the weight is where the values live
         assert self.stash is not None
         if self.precision == "fp32":
-            write_sum_(matrix, self.layout, self.stash, self.weight.detach())
+            write_sum_(matrix, self.layout, self.stash, self.weight.detach().to(self.kept_dtype))
         else:
             write_values_(matrix, self.layout, self.weight.detach())
 
@@ -238,7 +241,7 @@ class PackedDelta(nn.Module, PackedMaster):
         if self.plan is None:
             empty = torch.empty(0)
             return {key: empty, "entries": empty, "base": empty}
-        whole = key == "weight" and self.plan.layout.slots == self.plan.layout.count
+        whole = self.plan.layout.slots == self.plan.layout.count and self.weight.dtype == self.stored_dtype
         value = self.weight if whole else self.values()
         return {key: value, "entries": self.plan.packed(), "base": self.plan.base}
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...geometry.mask_storage import fingerprint, pack_units, unpack_units
+from ...geometry.mask_storage import pack_units, unpack_units
 from ...geometry.masks import BLOCK, MatchReport, OverlapReport, build_mask
 from ...kernels import Layout, layout_of
+from ..base_weight import float_weight, identity
 from .config import PrincipalSparseConfig
 
 DENSE_ABOVE = 0.6  # density from which packing="auto" carries frozen entries along
@@ -35,23 +36,25 @@ class MaskPlan:
 
 def plan_mask(
     units: Tensor,
-    weight: Tensor,
+    shape: tuple[int, int],
     config: PrincipalSparseConfig,
+    base: Tensor,
     *,
     transposed: bool,
     reports: list[Any] | None = None,
-    base: Tensor | None = None,
 ) -> MaskPlan:
-    """The plan for units of a (d_out, d_in) mask on a stored weight, which is (d_in, d_out) where ``transposed``."""
+    """The plan for units of a (d_out, d_in) mask on a weight stored as ``shape``, (d_in, d_out) where ``transposed``.
+
+    ``base`` is the identity of the weight that the mask was made for.
+    """
     stored_structure: str = config.structure
     stored_units = units
     if transposed:
         stored_structure = _TRANSPOSED[config.structure]
         stored_units = units.T.contiguous() if units.dim() == 2 else units
-    shape = (weight.shape[0], weight.shape[1])
     dense = config.packing == "dense" or (config.packing == "auto" and float(units.float().mean()) > DENSE_ABOVE)
     layout = layout_of(stored_units, shape, stored_structure, side=BLOCK, dense=dense)
-    return MaskPlan(layout, fingerprint(weight) if base is None else base.cpu(), reports or [], transposed)
+    return MaskPlan(layout, base.cpu(), reports or [], transposed)
 
 
 def unit_shape(shape: tuple[int, int], structure: str) -> tuple[int, ...]:
@@ -67,17 +70,18 @@ def build_plan(
     base: nn.Module, config: PrincipalSparseConfig, name: str, *, compare_with_exact: bool = True
 ) -> MaskPlan:
     """Evaluate a config's mask on a base layer that carries no adapter."""
-    weight, transposed = base.weight, isinstance(base, Conv1D)
-    assert isinstance(weight, Tensor)
-    logical = weight.detach().T if transposed else weight.detach()
+    transposed, logical = isinstance(base, Conv1D), float_weight(base)
     mask = build_mask(logical, config.mask, config.mask_options(compare_with_exact=compare_with_exact), name=name)
-    return plan_mask(mask.units, weight.detach(), config, transposed=transposed, reports=list(mask.reports))
+    d_out, d_in = logical.shape
+    shape = (d_in, d_out) if transposed else (d_out, d_in)
+    return plan_mask(mask.units, shape, config, identity(base), transposed=transposed, reports=list(mask.reports))
 
 
 def read_plan(
     stored: dict[str, Tensor],
-    weight: Tensor,
-    identity: Tensor | None,
+    stored_shape: tuple[int, int],
+    device: torch.device,
+    base: Tensor | None,
     config: PrincipalSparseConfig,
     values_dtype: torch.dtype,
     *,
@@ -88,8 +92,9 @@ def read_plan(
 
     Args:
         stored: the tensors of one layer, see :meth:`.packed.PackedDelta.stored`.
-        weight: the base weight as it is stored.
-        identity: its fingerprint, or None where it has no values yet.
+        stored_shape: of the base weight as it is stored.
+        device: of the base weight.
+        base: its identity, or None where it has no values yet.
         config: of the adapter.
         values_dtype: of the values this adapter stores.
         transposed: whether the weight is stored (d_in, d_out).
@@ -102,15 +107,15 @@ def read_plan(
             f"{where}: the saved adapter is incomplete, it lacks {', '.join(missing)} (found "
             f"{', '.join(sorted(stored))}). Masks travel with an adapter and are never regenerated."
         )
-    if identity is not None and not torch.equal(stored["base"].cpu(), identity):
+    if base is not None and not torch.equal(stored["base"].cpu(), base):
         raise ValueError(other_base(where))
-    shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+    shape = (stored_shape[1], stored_shape[0]) if transposed else stored_shape
     try:
         units = unpack_units(stored["entries"], unit_shape(shape, config.structure))
     except ValueError as error:
         weight_is = f"weight {shape[0]} x {shape[1]}, structure {config.structure!r}"
         raise ValueError(f"{where} ({weight_is}): {error}.") from error
-    plan = plan_mask(units.to(weight.device), weight, config, transposed=transposed, base=stored["base"])
+    plan = plan_mask(units.to(device), stored_shape, config, stored["base"], transposed=transposed)
     values = stored[key]
     if values.shape != (plan.layout.count,) or values.dtype != values_dtype:
         raise ValueError(

@@ -1,0 +1,193 @@
+"""The weight under an adapter: plain, or quantised by bitsandbytes and then read as floats and never written.
+
+A quantised weight cannot hold an update: requantising rounds it away and cannot be undone. A merge therefore puts a
+float copy with the update in the layer's place, and an unmerge puts the quantised layer back, which nothing touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..geometry.mask_storage import fingerprint
+
+
+class DequantizedLinear(nn.Linear):
+    """A quantised layer's values in floats, as an ``nn.Linear`` that takes inputs of any dtype, as the layer did."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+
+
+def quantization(base: nn.Module) -> Literal["4bit", "8bit"] | None:
+    """How bitsandbytes quantised a layer; None for every other layer, and where it is not installed."""
+    bnb: Any = sys.modules.get("bitsandbytes")  # a layer of its kind exists only where it was imported
+    if bnb is None:
+        return None
+    if isinstance(base, bnb.nn.Linear4bit):
+        return "4bit"
+    if isinstance(base, bnb.nn.Linear8bitLt) and not base.state.has_fp16_weights:
+        return "8bit"
+    return None
+
+
+def is_quantized_yet(base: nn.Module) -> bool:
+    """Whether the values are there: bitsandbytes quantises a layer when it is first moved to a device."""
+    weight: Any = base.weight
+    return weight.quant_state is not None if quantization(base) == "4bit" else weight.dtype == torch.int8
+
+
+def weight_shape(base: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in), whatever the storage."""
+    if quantization(base):
+        return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+    rows, columns = _plain(base).shape
+    return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
+
+
+def float_weight(base: nn.Module) -> Tensor:
+    """(d_out, d_in): a view of a plain weight, the dequantised values of a quantised one (a copy)."""
+    kind = quantization(base)
+    if kind == "4bit":
+        return _dequantized_4bit(base)
+    if kind == "8bit":
+        codes, scales = _codes_and_scales_8bit(base)
+        return codes.float() * (scales.float() / 127.0)[:, None]
+    weight = _plain(base).detach()
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def float_dtype(base: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
+    """The floating dtype that a layer's values stand for; ``default`` where int8 codes do not tell."""
+    kind = quantization(base)
+    if kind is None:
+        return _plain(base).dtype
+    if kind == "8bit":
+        return default
+    state: Any = base.weight.quant_state  # type: ignore[union-attr]
+    dtype = state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a model was loaded in, as its config says; fp32 where it has none."""
+    dtype = getattr(getattr(model, "config", None), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def identity(base: nn.Module) -> Tensor:
+    """Sixteen bytes (uint8) that tell base weights apart: of the stored matrix, or of codes and scales.
+
+    bitsandbytes reorders 4-bit codes and rounds their scales to bf16 when a model first runs in eval mode on some
+    CPUs: the codes are put in order and the scales rounded first, so that the identity stays what it was.
+    """
+    kind = quantization(base)
+    if kind is None:
+        return fingerprint(_plain(base).detach())
+    codes, scales = _codes_and_scales_4bit(base) if kind == "4bit" else _codes_and_scales_8bit(base)
+    digest = hashlib.blake2b(f"{kind} {weight_shape(base)}".encode(), digest_size=16)
+    for part in (codes.reshape(-1, 1), scales.reshape(-1, 1)):
+        digest.update(bytes(fingerprint(part).tolist()))
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def dequantized_copy(base: nn.Module, default_dtype: torch.dtype) -> DequantizedLinear:
+    """A float layer with a quantised layer's values and a copy of its bias, frozen, on its device."""
+    bias: Any = base.bias
+    weight = float_weight(base).to(float_dtype(base, default_dtype))
+    with torch.device("meta"):
+        layer = DequantizedLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return layer.train(base.training)
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Take the marks of quantisation off a model of which no layer is quantised any more; else name what is not.
+
+    transformers reads ``quantization_config`` when a saved model is loaded: float layers that it does not know of would
+    be quantised again.
+    """
+    config: Any = getattr(model, "config", None)
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    floats = [name for name, module in model.named_modules() if isinstance(module, DequantizedLinear)]
+    if not floats:
+        return
+    if any(quantization(module) for module in model.modules()):
+        known = list(getattr(settings, "llm_int8_skip_modules", None) or ["lm_head"])
+        settings.llm_int8_skip_modules = known + [name for name in floats if name not in known]
+        return
+    _forget_conversions(model)
+    del config.quantization_config
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(model, mark, False):
+            setattr(model, mark, False)
+
+
+def _forget_conversions(model: Any) -> None:
+    """transformers undoes on saving how a checkpoint was read; reading quantised tensors has no inverse."""
+    quantizer, conversions = getattr(model, "hf_quantizer", None), getattr(model, "_weight_conversions", None)
+    if quantizer is None or not conversions:
+        return
+    quantising = {type(step) for c in quantizer.get_weight_conversions() for step in getattr(c, "operations", [])}
+    kept = [c for c in conversions if not any(type(step) in quantising for step in getattr(c, "operations", []))]
+    model._weight_conversions = kept or None
+
+
+def _plain(base: nn.Module) -> Tensor:
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _codes_and_scales_8bit(base: nn.Module) -> tuple[Tensor, Tensor]:
+    """int8 (d_out, d_in) and their row scales (d_out,), which bitsandbytes keeps in the weight until its first use."""
+    weight: Any = base.weight
+    state: Any = base.state
+    scales = state.SCB if state.SCB is not None else weight.SCB
+    return weight.data, scales.to(weight.device)
+
+
+def _flat_4bit(base: nn.Module) -> tuple[Tensor, Any]:
+    """4-bit codes in row-major order and a state with flat fp32 scales; the layer's own are not touched."""
+    import bitsandbytes.functional as bnb
+
+    weight: Any = base.weight
+    data, state = weight.data, copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.reshape(-1).float()
+        state.original_nested = False  # the inverse would quantise the scales again
+        data, state = bnb._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = scales
+    elif state.nested:
+        state.absmax = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        state.nested = False
+    return data, state
+
+
+def _codes_and_scales_4bit(base: nn.Module) -> tuple[Tensor, Tensor]:
+    data, state = _flat_4bit(base)
+    return data.view(torch.uint8), state.absmax.to(torch.bfloat16)
+
+
+def _dequantized_4bit(base: nn.Module) -> Tensor:
+    import bitsandbytes.functional as bnb
+
+    data, state = _flat_4bit(base)
+    weight: Tensor = bnb.dequantize_4bit(data, state)
+    return weight.reshape(weight_shape(base))
