@@ -113,13 +113,13 @@ class ExactMerge:
         return torch.cat(left, dim=1), torch.cat(right, dim=0), tuple(starts)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight; its bytes are then the original ones."""
+        """Take all merged adapters out of the base weight; its bytes are then the original ones.
+
+        In place, since a backward may still need this storage with the base's values.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if not self._quantized:
-            weight = self.get_base_layer().weight
-            weight.data = weight.data.clone()  # who still reads the merged values, a weight transfer, keeps them
         self._restore()
         self._hold_quantized()
         self.merged_adapters = []

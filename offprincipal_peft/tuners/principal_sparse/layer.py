@@ -277,9 +277,6 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
-        if not self._quantized:
-            weight: Any = self.get_base_layer().weight
-            weight.data = weight.data.clone()  # who still reads the merged values, a weight transfer, keeps them
         self.restore()
         if self._quantized:
             self.base_layer, self._quantized = self._quantized[0].to(self.device), ()
