@@ -62,11 +62,17 @@ class Refused(ValueError):
 
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("offprincipal", description=__doc__, epilog=EPILOG, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        "offprincipal",
+        description=(__doc__ or "").replace("``", ""),
+        epilog=EPILOG,
+        formatter_class=formatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     compare = commands.add_parser(
-        "compare", help="train several methods alike and compare them", formatter_class=formatter
+        "compare", help="train several methods alike and compare them", formatter_class=formatter, allow_abbrev=False
     )
     compare.add_argument("--methods", type=_names, default=DEFAULT_METHODS, metavar="A,B", help="names or config files")
     compare.add_argument(
@@ -81,18 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(compare)
     compare.set_defaults(run=_compare)
 
-    sweep = commands.add_parser("sweep", help="run the trials of a YAML file, or go on with them")
-    sweep.add_argument("spec", type=Path, help="a YAML file; see the README")
+    sweep = commands.add_parser("sweep", help="run the trials of a YAML file, or go on with them", allow_abbrev=False)
+    sweep.add_argument("spec", type=Path, help="a YAML file; see docs/comparison.md")
     _run_options(sweep)
     sweep.set_defaults(run=_sweep)
 
-    report = commands.add_parser("report", help="write report.html and report.md for a folder of trials")
+    report = commands.add_parser(
+        "report", help="write report.html and report.md for a folder of trials", allow_abbrev=False
+    )
     report.add_argument("folder", type=Path)
     report.set_defaults(run=_report)
 
-    _export_options(commands.add_parser("export", help="write a saved adapter as a plain LoRA or a merged model"))
+    _export_options(
+        commands.add_parser(
+            "export", help="write a saved adapter as a plain LoRA or a merged model", allow_abbrev=False
+        )
+    )
 
-    methods = commands.add_parser("methods", help="list the methods")
+    methods = commands.add_parser("methods", help="list the methods", allow_abbrev=False)
     methods.set_defaults(run=_methods)
     return parser
 

@@ -188,8 +188,11 @@ class _Evaluation:
         )
         chosen, total = int(units.sum()), units.numel()
         if chosen in (0, total):
-            what = "no" if chosen == 0 else "every"
-            raise ValueError(f"{self.where}: mask {self.tree} selects {what} {self.options.structure} of {total}")
+            what, change = ("no", "raise") if chosen == 0 else ("every", "lower")
+            raise ValueError(
+                f"{self.where}: mask {self.tree} selects {what} {self.options.structure} of {total}; {change} the "
+                "density of what it names (principal_density, low_density, random_density) or leave the layer out"
+            )
         return Mask(expand_units(units, self.shape, self.options.structure), units, self.reports)
 
     def atom(self, name: str) -> Tensor:

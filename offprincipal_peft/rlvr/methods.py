@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
-from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig
+from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig, SupertuningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..tuners import OffPrincipalLoraConfig, PrincipalSparseConfig
@@ -79,9 +78,7 @@ def _shira(trial: TrialConfig) -> PeftConfig:
 
 
 def _supertuning(trial: TrialConfig) -> PeftConfig:
-    if not hasattr(peft, "SupertuningConfig"):  # PEFT 0.21
-        raise ValueError(f"PEFT's Super-Tuning came with PEFT 0.21, installed is {peft.__version__}")
-    return peft.SupertuningConfig(**{**_shared(trial), **trial.method_options})
+    return SupertuningConfig(**{**_shared(trial), **trial.method_options})
 
 
 OURS, PEFTS, SPARSE = "low-rank, starts and projections of this package", "PEFT's own", "sparse by a mask"

@@ -22,9 +22,19 @@ from ..geometry.mask_storage import fingerprint
 class DequantizedLinear(nn.Linear):
     """A quantised layer's values in floats, as an ``nn.Linear`` that takes inputs of any dtype, as the layer did."""
 
+    of_conv1d = False  # whether the model's own layer, before it was quantised, was a Conv1D
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
         return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+
+
+class DequantizedConv1D(Conv1D):
+    """The same for a quantised ``Conv1D``, which transformers stores (d_in, d_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x.to(self.weight.dtype))
+        return out.to(x.dtype)
 
 
 def quantization(base: nn.Module) -> Literal["4bit", "8bit"] | None:
@@ -109,25 +119,51 @@ def dequantized_copy(base: nn.Module, default_dtype: torch.dtype) -> Dequantized
     layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    layer.of_conv1d = issubclass(getattr(base, "source_cls", nn.Linear), Conv1D)
     return layer.train(base.training)
 
 
-def forget_quantization(model: nn.Module) -> None:
-    """Take the marks of quantisation off a model of which no layer is quantised any more; else name what is not.
+def pristine_state(base: nn.Module) -> Any:
+    """The scales of a 4-bit layer before bitsandbytes packs it for the CPU, None where there is nothing to keep."""
+    state: Any = getattr(base.weight, "quant_state", None) if quantization(base) == "4bit" else None
+    return None if state is None or getattr(state, "packing_format_for_cpu", False) else copy.copy(state)
 
-    transformers reads ``quantization_config`` when a saved model is loaded: float layers that it does not know of would
-    be quantised again.
+
+def undo_packing(base: nn.Module, pristine: Any) -> None:
+    """Put a 4-bit layer's codes and scales back as they were before bitsandbytes packed them for the CPU.
+
+    Its own way back, which ``state_dict()`` takes, leaves the scales of a layer in another order or quantises them
+    again (0.50.2): the layer computes with other weights from then on.
     """
+    weight: Any = base.weight
+    if quantization(base) != "4bit" or not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return
+    data, state = _flat_4bit(base)
+    if pristine is not None:
+        state = copy.copy(pristine)
+        state.to(weight.device)
+    weight.data, weight.quant_state = data, state
+    base.quant_state = state
+
+
+def finish_merge(model: nn.Module) -> None:
+    """Give a model that float layers were merged into the marks it needs to be saved and loaded.
+
+    transformers reads ``quantization_config`` when a saved model is loaded, and quantises the linear layers that it
+    does not list. It goes where no layer is quantised any more, and lists what is not otherwise.
+    """
+    floats = {name: m for name, m in model.named_modules() if isinstance(m, DequantizedLinear)}
+    for name, module in floats.items():
+        if module.of_conv1d:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _as_conv1d(module))
     config: Any = getattr(model, "config", None)
     settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    floats = [name for name, module in model.named_modules() if isinstance(module, DequantizedLinear)]
-    if not floats:
+    if settings is None or not floats:
         return
     if any(quantization(module) for module in model.modules()):
-        known = list(getattr(settings, "llm_int8_skip_modules", None) or ["lm_head"])
-        settings.llm_int8_skip_modules = known + [name for name in floats if name not in known]
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not quantization(m)]
+        settings.llm_int8_skip_modules = linear
         return
     _forget_conversions(model)
     del config.quantization_config
@@ -137,6 +173,15 @@ def forget_quantization(model: nn.Module) -> None:
     for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(model, mark, False):
             setattr(model, mark, False)
+
+
+def _as_conv1d(layer: DequantizedLinear) -> DequantizedConv1D:
+    with torch.device("meta"):
+        conv = DequantizedConv1D(layer.out_features, layer.in_features)
+    weight, bias = layer.weight, layer.bias
+    conv.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+    conv.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight.dtype))
+    return conv.train(layer.training)
 
 
 def _forget_conversions(model: Any) -> None:

@@ -23,18 +23,15 @@ def check_weights(known: dict[str, Any], adapters: list[str], weights: list[floa
         raise ValueError(f"weights must be finite numbers, got {bad[0]!r}.")
 
 
-def union_of_targets(configs: list[Any]) -> set[str] | str:
-    """Target modules that cover those of all configs. Raises ``ValueError`` where names and patterns are mixed."""
-    targets = [config.target_modules for config in configs]
-    if all(isinstance(target, str) for target in targets):
-        distinct = list(dict.fromkeys(targets))
-        return distinct[0] if len(distinct) == 1 else "|".join(f"({target})" for target in distinct)
-    if any(isinstance(target, str) for target in targets):
-        raise ValueError(
-            "the adapters name their target modules in different ways, some by a list and some by a pattern; give all "
-            "configs lists, or all patterns."
-        )
-    return set().union(*targets)
+def exact_targets(layers: list[str], configs: list[Any]) -> dict[str, Any]:
+    """Config fields that target ``layers`` by their full names and nothing else, whatever the combined configs said."""
+    return {
+        "target_modules": set(layers),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": list(dict.fromkeys(n for c in configs for n in c.modules_to_save or [])) or None,
+    }
 
 
 def check_saved_modules(model: nn.Module, adapters: list[str]) -> None:
@@ -57,11 +54,6 @@ def copy_saved_modules(model: nn.Module, adapters: list[str], name: str) -> None
             trained = [adapter for adapter in adapters if adapter in copies]
             if trained and name in copies:
                 copies[name].load_state_dict(copies[trained[0]].state_dict())
-
-
-def saved_modules_of(configs: list[Any]) -> list[str] | None:
-    names = dict.fromkeys(name for config in configs for name in config.modules_to_save or [])
-    return list(names) or None
 
 
 def _copies(module: Any) -> Any:

@@ -6,17 +6,14 @@ import re
 import warnings
 from typing import Any
 
-import peft.utils
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .base_weight import is_quantized_yet, quantization, weight_shape
-
-# PEFT 0.21's own error, a ValueError; code that adds an adapter to whatever fits catches it.
-NoMatch: type[ValueError] = getattr(getattr(peft.utils, "error", None), "NoMatchingPeftModuleError", ValueError)
 
 _SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -90,7 +87,7 @@ def _check_every_entry_matches(config: Any, seen: list[str], targets: dict[str, 
     if isinstance(config.target_modules, list | set | tuple):
         for entry in sorted(config.target_modules):
             if not any(key == entry or key.endswith(f".{entry}") for key in seen):
-                raise NoMatch(
+                raise NoMatchingPeftModuleError(
                     f"target_modules entry {entry!r} matches no module of the model; its linear layers are named "
                     f"{', '.join(linear)}."
                 )

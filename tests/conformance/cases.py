@@ -129,7 +129,7 @@ def lora_cases(module: types.ModuleType) -> list[Case]:
 
 
 def model_cases(rows: list[tuple[type, dict[str, Any]]], task: str) -> list[Any]:
-    """PEFT's own LoRA entries for a kind of transformers model, with LoRA's start, and both methods on all its layers."""
+    """PEFT's own LoRA entries for a kind of transformers model, with LoRA's start, and both methods on all layers."""
     chosen = []
     for config_cls, kwargs in rows:
         if config_cls is peft.LoraConfig:
@@ -146,6 +146,6 @@ def model_cases(rows: list[tuple[type, dict[str, Any]]], task: str) -> list[Any]
         every["exclude_modules"] = r".*pooler.*"
     projected = PROJECTED | every | {"r": 4, "lora_alpha": 16, "lora_dropout": 0.05}
     chosen.append(pytest.param(OffPrincipal, projected, id="projected"))
-    chosen.append(pytest.param(OffPrincipal, PISSA | every | {"r": 4}, id="pissa"))
+    chosen.append(pytest.param(OffPrincipal, PISSA | every | {"r": 2, "lora_alpha": 2}, id="pissa"))
     chosen.append(pytest.param(Sparse, every, id="sparse"))
     return chosen

@@ -113,6 +113,7 @@ DESELECTED: tuple[Deselected, ...] = (
         (
             "test_add_weighted_adapter_negative_weight_negates_adapter",
             "test_add_weighted_adapter_subtraction_with_negative_weights",
+            "test_add_weighted_adapter_with_different_scaling[svd*]",
             "test_add_weighted_adapter_with_different_scaling[*linear*]",
             "test_add_weighted_adapter_with_different_scaling[*ties*]",
             "test_add_weighted_adapter_with_different_scaling[*magnitude_prune*]",
@@ -122,7 +123,8 @@ DESELECTED: tuple[Deselected, ...] = (
             "test_weighted_combination_of_adapters[projected*]",
             "test_weighted_combination_of_adapters[pissa*]",
         ),
-        "the product of combined factors is not the combination of the updates, so these combinations are refused",
+        "the product of combined factors is not the combination of the updates, so these combinations are refused (and "
+        "svd keeps rank r of updates of rank 2r)",
         SURFACE,
     ),
     Deselected(
@@ -174,8 +176,11 @@ DESELECTED: tuple[Deselected, ...] = (
             "TestDefaultTargetModules::test_default_target_modules_not_set*",
             "TestDefaultTargetModules::test_default_target_modules_list_of_str",
             "TestDefaultTargetModules::test_default_target_modules_str",
+            "test_module_matching_lora",
+            "TestTargetedModuleNames::test_realistic_example",
+            "TestExcludedModuleNames::test_realistic_example",
         ),
-        "asserts that targets have to be named for an unknown architecture; both methods' default is all-linear",
+        "asserts LoRA's default targets of an architecture; both methods' default is all-linear",
         "tests/tuners/test_config_reuse.py::test_one_config_serves_two_architectures",
     ),
     Deselected(
@@ -194,6 +199,16 @@ DESELECTED: tuple[Deselected, ...] = (
         "tests/tuners/test_loading.py::test_every_way_of_loading_gives_the_same_bits_without_a_decomposition",
     ),
     Deselected(
+        ("test_inject_from_state_dict_missing_keys_warning",),
+        "deletes LoRA's two factors of a layer from a state dict and leaves the starts; a partial layer is refused",
+        "tests/tuners/test_loading.py::test_one_missing_tensor_is_refused",
+    ),
+    Deselected(
+        ("test_training*layer_indexing[sparse*]",),
+        "layers_to_transform needs a list of targets, which would have to name another one for each architecture",
+        "tests/tuners/test_sparse_loading.py::test_options_survive_the_folder",
+    ),
+    Deselected(
         ("test_rank_and_alpha_pattern_no_matching_keys",),
         "a pattern that matches no layer is refused, not ignored",
         REFUSALS + "test_a_name_that_matches_nothing",
@@ -206,19 +221,6 @@ DESELECTED: tuple[Deselected, ...] = (
         ),
         "asserts PEFT's wording; a target that matches nothing is refused earlier, by name",
         REFUSALS + "test_a_name_that_matches_nothing",
-    ),
-    Deselected(
-        (
-            "test_delete_merged_adapter_raises_without_mutation",
-            "test_delete_merged_adapter_only_rejects_the_merged_one",
-        ),
-        "asserts PEFT's wording; the deletion is refused with our own",
-        "tests/tuners/test_several_adapters.py::test_a_merged_adapter_cannot_be_deleted",
-    ),
-    Deselected(
-        ("test_merge_layers_nan",),
-        "asserts PEFT's wording, and that NaN in the frozen tensors is seen; a broken update is refused with our own",
-        "tests/tuners/test_merging.py::test_a_broken_adapter_is_not_merged_safely",
     ),
     Deselected(
         ("test_fixed_rank_lora_config", "test_converted_lora_to_lora_works_and_warns"),
@@ -287,6 +289,12 @@ DESELECTED: tuple[Deselected, ...] = (
 
 
 SKIPPED: tuple[Skipped, ...] = (
+    Skipped(
+        ("test_mixed_adapter_batches_lora_opt_timing",),
+        "requires a hardware accelerator",
+        "times a GPU",
+        "tests/tuners/test_several_adapters.py::test_a_mixed_batch_equals_each_adapter_alone",
+    ),
     Skipped(
         ("test_disable_adapter_with_bias_warns",),
         "only for LoraConfig or BOFTConfig",

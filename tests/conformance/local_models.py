@@ -1,6 +1,6 @@
 """Tiny random models in one folder, under the names that stand in PEFT's tests instead of ids of the hub.
 
-``from_pretrained("tiny-llama")`` finds them while that folder is the working directory.
+``from_pretrained("tiny-decoder")`` finds them while that folder is the working directory.
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ def _bloom() -> PreTrainedModel:
     return BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=5, n_head=4))
 
 
-# "conv1d" and not "gpt2": PEFT's tests skip what is called gpt2 for methods that they do not know to support Conv1D.
+# "conv1d" and not "gpt2", "decoder" and not "llama": PEFT's tests skip what is called gpt2 for methods that they do not
+# know to support Conv1D, and merging what is called llama altogether (by a slip in a check that is meant for BEFT).
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "tiny-llama": lambda: tiny_llama(hidden=32, intermediate=48),
+    "tiny-decoder": lambda: tiny_llama(hidden=32, intermediate=48),
     "tiny-conv1d": lambda: tiny_gpt2(hidden=32),
     "tiny-qwen-2": lambda: tiny_qwen2(hidden=32, intermediate=48),
 }
@@ -106,12 +107,12 @@ BY_HUB_NAME = {
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": _bart,
     "peft-internal-testing/tiny-random-BertModel": _bert,
     "peft-internal-testing/tiny-random-BloomForCausalLM": _bloom,
-    "peft-internal-testing/tiny-random-LlamaForCausalLM": DECODERS["tiny-llama"],
+    "peft-internal-testing/tiny-random-LlamaForCausalLM": DECODERS["tiny-decoder"],
     "peft-internal-testing/tiny-random-OPTForCausalLM": _opt,
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": _roberta,
     "peft-internal-testing/tiny-random-RobertaModel": _roberta,
     "peft-internal-testing/tiny-random-t5": _t5,
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": DECODERS["tiny-llama"],
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": DECODERS["tiny-decoder"],
 }
 
 

@@ -16,7 +16,7 @@ from conformance.stand_ins import OffPrincipal, OffPrincipalLora, Sparse, moved_
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-MODULES = sorted(p.stem for p in HERE.glob("test_*.py") if "globals().update(adopt(" in p.read_text())
+MODULES = sorted(p.stem for p in HERE.glob("test_*.py") if "\nglobals().update(adopt(" in p.read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,6 @@ from offprincipal_peft.rlvr.methods import METHODS
 from offprincipal_peft.rlvr.records import numeric_fields, read_record, write_record
 from offprincipal_peft.rlvr.trial import run_trial
 from tiny_models import save_tiny_model
-from versions import runnable
 
 # A random model never answers right: credit that differs within a group, so that something is learned.
 PARTIAL = """
@@ -70,7 +69,7 @@ def finished(config: TrialConfig, tmp_path: Path) -> dict:
     return read_record(tmp_path / "record.json")
 
 
-@pytest.mark.parametrize("method", runnable(METHODS))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_measured(method, folder, tmp_path):
     steps = []
     options = {"principal_rank": 2} if method == "offprincipal" else {}

@@ -116,7 +116,7 @@ def compute_start(weight: Tensor, request: StartRequest, known: Bases | None = N
             spectrum leaves with no gradient; each names the layer.
     """
     config = request.config
-    spectrum = WeightSpectrum(weight, seed=config.seed, name=request.where)
+    spectrum = WeightSpectrum(weight, seed=config.seed, name=request.name)
     needs_u = config.projection in ("output", "both")
     needs_v = config.projection in ("input", "both")
     U, V = known or Bases(None, None)
@@ -178,7 +178,12 @@ def _one_sided_start(weight: Tensor, spectrum: WeightSpectrum, request: StartReq
         source = spectrum if config.init_source == "weight" else _geora_spectrum(weight, spectrum, request)
         return source.minor(r, side).T
     if config.init_subspace == "null":
-        return spectrum.null(r, side).T
+        try:
+            return spectrum.null(r, side).T
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; use init_subspace='bottom', which takes what null space there is first"
+            ) from None
     factor = "A" if side == "input" else "B"
     generator = torch.Generator().manual_seed(layer_seed(config.seed, request.name, factor))
     if config.init_subspace == "random":
@@ -215,7 +220,7 @@ def geora_weight(weight: Tensor, triplets: Triplets, rho: float) -> Tensor:
 
 def _geora_spectrum(weight: Tensor, spectrum: WeightSpectrum, request: StartRequest) -> WeightSpectrum:
     masked = geora_weight(weight, spectrum.top(request.r), request.config.geora_rho)
-    return WeightSpectrum(masked, seed=request.config.seed, name=f"{request.where}, GeoRA-masked")
+    return WeightSpectrum(masked, seed=request.config.seed, name=f"{request.name}, GeoRA-masked,")
 
 
 def _check_alive(A: Tensor, B: Tensor, U: Tensor | None, V: Tensor | None, request: StartRequest) -> None:

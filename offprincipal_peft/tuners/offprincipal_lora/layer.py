@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...geometry.numerics import full_precision
+from ..base_weight import pristine_state, undo_packing
 from ..pending import PendingStarts
 from .config import OffPrincipalLoraConfig
 from .fold import folded_factors
@@ -86,6 +87,7 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
             self.scope = FactorScope()  # replaced by the model's own, which its layers share
             self._pending: dict[str, PendingStarts] = {}
             self._merge_record, self._quantized, self.merged_dtype = None, (), torch.float32
+            self._pristine = pristine_state(self.get_base_layer())
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def install(
@@ -290,6 +292,7 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
         for name, pending in self._pending.items():
             if not pending.keys_only:
                 self.ensure_started(name)
+        undo_packing(self.get_base_layer(), self._pristine)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, geometry in self.geometry.items():  # the starts that the update subtracts, rounded as it does
             for start, factor in (("lora_start_A", self.lora_A), ("lora_start_B", self.lora_B)):

@@ -27,6 +27,7 @@ class ExactMerge:
         base_layer: nn.Module
         fan_in_fan_out: bool
         merged: bool
+        training: bool
         geometry: dict[str, AdapterGeometry]
         scaling: dict[str, float]
         lora_A: nn.ModuleDict
@@ -134,7 +135,7 @@ class ExactMerge:
     def _hold_quantized(self) -> None:
         if self._quantized:
             device = self.get_base_layer().weight.device
-            self.base_layer, self._quantized = self._quantized[0].to(device), ()
+            self.base_layer, self._quantized = self._quantized[0].to(device).train(self.training), ()
 
     def _restore(self) -> None:
         if self._merge_record is not None:

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base_weight import float_dtype, float_weight, forget_quantization, model_dtype, weight_shape
+from ..base_weight import finish_merge, float_dtype, float_weight, model_dtype, weight_shape
 from ..pending import PendingStarts, built_empty
 from ..targets import check_supported, matched_targets
 from ..transformers_loading import expect_nothing, expect_values
@@ -55,9 +55,25 @@ class OffPrincipalLoraModel(LoraModel):
             self._requests: dict[str, StartRequest] = {}
             self._starts: dict[str, LayerStart] = {}
             self._pending: dict[str, PendingStarts] = {}
-        # PEFT writes the layers it found into target_modules: into a copy, so that the caller's config can be reused.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        config = self.peft_config[adapter_name]
+        asked = config.target_modules  # PEFT writes what it finds into the caller's config, who may use it again
+        try:
+            config = self._prepare_adapter_config(config, self.get_model_config(model))
+            self._plan(config, adapter_name, model, low_cpu_mem_usage, state_dict)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            config.target_modules = asked
+            self._requests, self._starts = {}, {}
+
+    def _plan(
+        self,
+        config: OffPrincipalLoraConfig,
+        adapter_name: str,
+        model: nn.Module,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
+        """Every check and every start, and ``target_modules`` as the layers found."""
         targets = matched_targets(self, config, model, state_dict)
         frozen_config = copy.copy(config)  # requests outlive this call, the user's config may change
         self._requests = {key: _request(frozen_config, key, module) for key, module in targets.items()}
@@ -72,10 +88,6 @@ class OffPrincipalLoraModel(LoraModel):
             start = self._start(self._requests[key], module, only_if_cheap=values_follow)
             if start is not None:
                 self._starts[key] = start
-        try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        finally:
-            self._requests, self._starts = {}, {}
 
     def _start(self, request: StartRequest, module: nn.Module, *, only_if_cheap: bool) -> LayerStart | None:
         """The start of one layer: another adapter's where it has the same one, else computed.
@@ -113,6 +125,7 @@ class OffPrincipalLoraModel(LoraModel):
         if isinstance(target, OffPrincipalLinear):
             target.update_layer(adapter_name, request.r, alpha, config=lora_config, **kwargs)
             return
+        lora_config = copy.copy(lora_config)  # the layer's own: another layer, another model may differ
         lora_config.fan_in_fan_out = isinstance(target, Conv1D)
         layer = OffPrincipalLinear(
             target,
@@ -148,7 +161,7 @@ class OffPrincipalLoraModel(LoraModel):
                     container[adapter_name].to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; a merged adapter is refused (PEFT 0.20 would delete it and leave its update in the base)."""
+        """As in PEFT; a merged adapter is refused before any layer is touched."""
         layers = (m for m in self.model.modules() if isinstance(m, OffPrincipalLinear))
         if any(adapter_name in layer.merged_adapters for layer in layers):
             raise ValueError(
@@ -196,7 +209,7 @@ class OffPrincipalLoraModel(LoraModel):
                 if isinstance(module, OffPrincipalLinear) and module.merged:
                     module.unmerge()
         base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        forget_quantization(base)
+        finish_merge(base)
         return base
 
     # -- LoRA operations that combine raw factors -------------------------------------------------------------

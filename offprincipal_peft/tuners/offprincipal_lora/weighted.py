@@ -18,7 +18,7 @@ from peft.utils.other import _freeze_adapter
 from torch import Tensor
 
 from ...geometry.numerics import full_precision
-from ..combining import check_saved_modules, check_weights, copy_saved_modules, saved_modules_of, union_of_targets
+from ..combining import check_saved_modules, check_weights, copy_saved_modules, exact_targets
 from .config import OffPrincipalLoraConfig
 from .layer import OffPrincipalLinear
 from .state import weight_of
@@ -88,8 +88,8 @@ def add_weighted(
     tuner: OffPrincipalLoraModel, adapters: list[str], weights: list[float], name: str, how: Combination
 ) -> None:
     """Add adapter ``name``; see :meth:`~.model.OffPrincipalLoraModel.add_weighted_adapter`."""
-    how = dataclasses.replace(how, kind=_checked_kind(tuner, adapters, how))
     check_weights(tuner.peft_config, adapters, weights, name)
+    how = dataclasses.replace(how, kind=_checked_kind(tuner, adapters, how))
     check_saved_modules(tuner.model, adapters)
     configs = [tuner.peft_config[adapter] for adapter in adapters]
     default_rank = max(max([c.r, *(c.rank_pattern or {}).values()]) for c in configs)
@@ -129,8 +129,7 @@ def _config(configs: list[OffPrincipalLoraConfig], ranks: dict[str, int]) -> Off
         "use_rslora": False,
         "rank_pattern": others,
         "alpha_pattern": dict(others),
-        "target_modules": union_of_targets(configs),
-        "modules_to_save": saved_modules_of(configs),
+        **exact_targets(list(ranks), configs),
         "init_subspace": "kaiming",
         "init_source": "weight",
         "init_scale": "native",
@@ -145,17 +144,17 @@ def _config(configs: list[OffPrincipalLoraConfig], ranks: dict[str, int]) -> Off
 def _checked_kind(tuner: OffPrincipalLoraModel, adapters: list[str], how: Combination) -> str:
     """The kind of combination. Raises ``ValueError`` for what would not be a combination of the updates."""
     kind = how.kind
+    projected = [a for a in adapters if tuner.peft_config[a].projection != "none"]
     if kind in ON_RAW_FACTORS and not (kind == "linear" and len(adapters) == 1):
+        pruning = "" if projected else f", or {', '.join(map(repr, ELEMENTWISE))}"
         raise ValueError(
             f"combination_type={kind!r} combines lora_A and lora_B separately, whose product is not the combination of "
             "the updates, and these updates also subtract starts and are projected. Use 'cat' (exact; the ranks add "
-            f"up), 'svd' (the best of svd_rank), or {', '.join(map(repr, ELEMENTWISE))}."
+            f"up) or 'svd' (the best of svd_rank){pruning}."
         )
-    if kind not in (*EXACT, *ELEMENTWISE, "linear"):
-        raise ValueError(
-            f"combination_type must be one of {', '.join(map(repr, (*EXACT, *ELEMENTWISE)))}, got {kind!r}."
-        )
-    projected = [a for a in adapters if tuner.peft_config[a].projection != "none"]
+    known = (*EXACT, *ELEMENTWISE)
+    if kind not in (*known, "linear"):
+        raise ValueError(f"combination_type must be one of {', '.join(map(repr, known))}, got {kind!r}.")
     if kind in ELEMENTWISE and projected:
         raise ValueError(
             f"combination_type={kind!r} drops entries of the dense update, which would carry the projected adapter "

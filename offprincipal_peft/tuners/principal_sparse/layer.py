@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...kernels import packed_delta_linear, packed_linear
-from ..base_weight import dequantized_copy, float_dtype, quantization, weight_shape
+from ..base_weight import dequantized_copy, float_dtype, pristine_state, quantization, weight_shape
 from ..pending import PendingStarts
 from .config import PrincipalSparseConfig
 from .packed import PackedDelta
-from .plan import MaskPlan, build_plan
+from .plan import MaskPlan, build_plan, no_values
 from .scope import WriteScope
 from .storing import StoredAdapters, Vetted
 
@@ -49,6 +49,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         self.base_layer = base_layer
         self.merged_dtype = merged_dtype  # of a merged copy of int8 codes, which do not tell
         self.cast_input_dtype_enabled = True  # PEFT's helpers set it; inputs are never cast here
+        self._pristine = pristine_state(base_layer)
         self._quantized: tuple[nn.Module, ...] = ()  # the layer that a merge replaced; a tuple hides it from torch
         self.name, self.scope = name, scope
         self.transposed = isinstance(base_layer, Conv1D)
@@ -185,10 +186,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         delta.check_untouched()
         matrix = self.stored_matrix()
         if matrix.is_meta:
-            raise RuntimeError(
-                f"{self.name}: the base weight has no values (meta device, where accelerate's offloading keeps it), "
-                "but this method keeps its values in it. Load the model onto one device."
-            )
+            raise RuntimeError(no_values(self.name))
         if delta.precision != "fp32" and matrix.dtype != torch.bfloat16:
             raise RuntimeError(
                 f"{self.name}: precision={delta.precision!r} keeps the trained values in a bfloat16 weight, which is "
@@ -279,7 +277,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         self.merged_adapters = []
         self.restore()
         if self._quantized:
-            self.base_layer, self._quantized = self._quantized[0].to(self.device), ()
+            self.base_layer, self._quantized = self._quantized[0].to(self.device).train(self.training), ()
 
     # -- running ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ...geometry.masks import MatchReport, OverlapReport, needs_spectrum
-from ..base_weight import forget_quantization, model_dtype, quantization
+from ..base_weight import finish_merge, model_dtype, quantization
 from ..pending import PendingStarts, built_empty
 from ..targets import check_supported, matched_targets
 from ..transformers_loading import expect_nothing, expect_values
@@ -75,9 +75,25 @@ class PrincipalSparseModel(BaseTuner):
             self._plans: dict[str, MaskPlan] = {}
             self._given_plans: dict[str, MaskPlan] | None = None
             self._pending: dict[str, PendingStarts] = {}
-        # PEFT writes the layers it found into target_modules: into a copy, so that the caller's config can be reused.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        config = self.peft_config[adapter_name]
+        asked = config.target_modules  # PEFT writes what it finds into the caller's config, who may use it again
+        try:
+            config = self._prepare_adapter_config(config, self.get_model_config(model))
+            self._plan(config, adapter_name, model, low_cpu_mem_usage, state_dict)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            config.target_modules = asked
+            self._plans = {}
+
+    def _plan(
+        self,
+        config: PrincipalSparseConfig,
+        adapter_name: str,
+        model: nn.Module,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
+        """Every check and every mask, and ``target_modules`` as the layers found."""
         targets = matched_targets(self, config, model, state_dict)
         values_follow = config._values_may_follow or low_cpu_mem_usage or built_empty()
         _check_targets(config, targets, model, needs_values=not values_follow)
@@ -87,10 +103,6 @@ class PrincipalSparseModel(BaseTuner):
             expect_values(model, adapter_name)
         given = self._given_plans
         self._plans = _plans(config, targets, known_only=values_follow) if given is None else dict(given)
-        try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        finally:
-            self._plans = {}
 
     def inject_with_plans(self, adapter_name: str, plans: dict[str, MaskPlan]) -> None:
         """Inject an adapter whose masks are known, for every layer that its config targets."""
@@ -101,7 +113,12 @@ class PrincipalSparseModel(BaseTuner):
             self._given_plans = None
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **svd_options: Any,
     ) -> None:
         """Add an adapter whose update is the weighted sum of other adapters' updates, on the union of their masks.
 
@@ -110,6 +127,7 @@ class PrincipalSparseModel(BaseTuner):
             weights: one finite number for each, negative ones too.
             adapter_name: of the new adapter, which is frozen.
             combination_type: ``"linear"`` (``"cat"`` is the same sum).
+            svd_options: PEFT's options of other kinds (``svd_rank``, ``density``, ...), which a sum does not use.
 
         The sum is formed in fp32 and stored in the adapters' precision. A module that one of them trained whole
         (``modules_to_save``) is copied.
@@ -184,18 +202,6 @@ class PrincipalSparseModel(BaseTuner):
             expect_nothing(module)
         return remapped
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """The same check under PEFT 0.20, which has no hook before a load; torch calls this before any layer's own.
-
-        A state dict with base weights is a plain ``load_state_dict``: each layer checks what it gets.
-        """
-        hooked = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")  # PEFT 0.21
-        if not hooked and not any(".base_layer." in key for key in state_dict):
-            layers = {prefix + k: m for k, m in self.named_modules() if isinstance(m, PrincipalSparseLinear)}
-            for name in self.peft_config:
-                _vet({k: m for k, m in layers.items() if name in m.princsparse_delta}, name, state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     # -- running ------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -217,7 +223,7 @@ class PrincipalSparseModel(BaseTuner):
                 if not layer.merged:  # the merge may name another adapter than the active one, whose values are there
                     layer.restore()
         base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        forget_quantization(base)
+        finish_merge(base)
         return base
 
     def _layers(self) -> Iterator[PrincipalSparseLinear]:

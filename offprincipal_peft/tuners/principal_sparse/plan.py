@@ -81,7 +81,7 @@ def read_plan(
     stored: dict[str, Tensor],
     stored_shape: tuple[int, int],
     device: torch.device,
-    base: Tensor | None,
+    base: Tensor,
     config: PrincipalSparseConfig,
     values_dtype: torch.dtype,
     *,
@@ -94,7 +94,7 @@ def read_plan(
         stored: the tensors of one layer, see :meth:`.packed.PackedDelta.stored`.
         stored_shape: of the base weight as it is stored.
         device: of the base weight.
-        base: its identity, or None where it has no values yet.
+        base: its identity.
         config: of the adapter.
         values_dtype: of the values this adapter stores.
         transposed: whether the weight is stored (d_in, d_out).
@@ -107,7 +107,7 @@ def read_plan(
             f"{where}: the saved adapter is incomplete, it lacks {', '.join(missing)} (found "
             f"{', '.join(sorted(stored))}). Masks travel with an adapter and are never regenerated."
         )
-    if base is not None and not torch.equal(stored["base"].cpu(), base):
+    if not torch.equal(stored["base"].cpu(), base):
         raise ValueError(other_base(where))
     shape = (stored_shape[1], stored_shape[0]) if transposed else stored_shape
     try:
@@ -130,4 +130,11 @@ def other_base(where: str) -> str:
         f"{where}: the mask was made for a base weight with other bytes. An adapter belongs to the exact weights "
         "it was trained on, in their dtype: load the same base model in the same dtype, without merged adapters. "
         "Nothing was changed."
+    )
+
+
+def no_values(where: str) -> str:
+    return (
+        f"{where}: the base weight has no values (meta device, where accelerate's offloading keeps it), but "
+        "this method keeps its values in it. Load the model onto one device."
     )

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ...geometry.mask_storage import fingerprint
-from ..base_weight import identity, quantization
+from ..base_weight import identity, quantization, undo_packing
 from ..pending import PendingStarts
 from .config import PrincipalSparseConfig
 from .packed import PackedDelta
-from .plan import MaskPlan, other_base, read_plan
+from .plan import MaskPlan, no_values, other_base, read_plan
 
 Vetted = dict[str, tuple[Tensor, MaskPlan, Tensor]]
 
@@ -27,6 +27,7 @@ class StoredAdapters(nn.Module):
     merged_adapters: list[str]
     _pending: dict[str, PendingStarts]
     _vetted: Vetted  # checked, about to be loaded
+    _pristine: Any  # see base_weight.pristine_state
 
     if TYPE_CHECKING:
         merged: bool
@@ -56,6 +57,7 @@ class StoredAdapters(nn.Module):
                 self.ensure_started(name)
         if not self.merged:
             self.restore()
+        undo_packing(self.get_base_layer(), self._pristine)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def vet(self, adapter: str, stored: dict[str, Tensor], base: Tensor | None = None) -> tuple[MaskPlan, Tensor]:
@@ -68,7 +70,9 @@ class StoredAdapters(nn.Module):
             return known[1], known[2]
         self._check_unmerged()
         self.restore()
-        if base is None and self.device.type != "meta":
+        if self.device.type == "meta":
+            raise ValueError(no_values(self.name))
+        if base is None:
             base = identity(self.get_base_layer())
         plan, values = read_plan(
             stored,

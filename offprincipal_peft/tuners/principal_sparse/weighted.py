@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..combining import check_saved_modules, check_weights, copy_saved_modules, saved_modules_of, union_of_targets
+from ..combining import check_saved_modules, check_weights, copy_saved_modules, exact_targets
 from .config import PrincipalSparseConfig
 from .layer import PrincipalSparseLinear
 from .plan import MaskPlan, plan_mask
@@ -28,14 +28,19 @@ def add_weighted(tuner: PrincipalSparseModel, adapters: list[str], weights: list
         )
     check_weights(tuner.peft_config, adapters, weights, name)
     check_saved_modules(tuner.model, adapters)
-    config = _config([tuner.peft_config[adapter] for adapter in adapters])
+    configs = [tuner.peft_config[adapter] for adapter in adapters]
+    config = _config(configs)
+    shares: dict[str, float] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        shares[adapter] = shares.get(adapter, 0.0) + weight  # one adapter may be named twice
     plans, sums = {}, {}
     for key, layer in tuner.model.named_modules():
         if isinstance(layer, PrincipalSparseLinear):
-            present = {a: w for a, w in zip(adapters, weights, strict=True) if a in layer.princsparse_delta}
+            present = {a: w for a, w in shares.items() if a in layer.princsparse_delta}
             if present:
                 plans[key], sums[key] = _combined(layer, present, config)
-    tuner.peft_config[name] = config
+    targets = exact_targets(list(plans), configs)
+    tuner.peft_config[name] = dataclasses.replace(config, **targets)
     try:
         tuner.inject_with_plans(name, plans)
     except Exception:
@@ -61,9 +66,7 @@ def _config(configs: list[PrincipalSparseConfig]) -> PrincipalSparseConfig:
             )
     masks = list(dict.fromkeys(config.mask for config in configs))
     expression = masks[0] if len(masks) == 1 else " | ".join(f"({mask})" for mask in masks)
-    return dataclasses.replace(
-        first, mask=expression, target_modules=union_of_targets(configs), modules_to_save=saved_modules_of(configs)
-    )
+    return dataclasses.replace(first, mask=expression)
 
 
 def _differing(first: PrincipalSparseConfig, other: PrincipalSparseConfig) -> str:
