@@ -49,6 +49,26 @@ def packed_linear(
     return out
 
 
+def rewritten_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transposed: bool = False,
+    before_backward: Callable[[], None],
+) -> Tensor:
+    """``x @ weight.T + bias`` for a weight that nobody trains but that may hold other values by the backward.
+
+    Arguments as in :func:`packed_linear`; ``before_backward`` puts the values of this forward back.
+    """
+    return packed_linear(
+        x, x.new_empty(0), weight, bias, _NOTHING, transposed=transposed, before_backward=before_backward
+    )
+
+
+_NOTHING: Any = None  # no entry is trained: the layout is never asked
+
+
 def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The base layer's own call, so that its output has the same bits with and without gradients."""
     if not transposed:

@@ -28,6 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..tuners.base_weight import float_dtype, float_weight
 from ..tuners.offprincipal_lora.layer import OffPrincipalLinear
 from ..tuners.principal_sparse.layer import PrincipalSparseLinear
 from .effective_weights import DenseUpdate, FactoredUpdate, Update, factored_difference
@@ -114,6 +115,8 @@ class SparseObserver(LayerObserver):
             return None
         self.layer.ensure_started(names[0])
         delta = self.layer.delta(names[0])
+        if self.layer.quantized:  # added beside the base's product, unrounded
+            return names[0], delta.weight.detach().to(delta.kept_dtype)
         # where the weight holds another adapter, this puts the base's bytes back; the next forward writes as always
         original, matrix = delta.original(), self.layer.stored_matrix()
         wide = torch.promote_types(matrix.dtype, torch.float32)
@@ -128,9 +131,8 @@ class SparseObserver(LayerObserver):
         return names[0], now.to(wide) - original.to(wide)
 
     def _dense(self, packed: tuple[str, Tensor] | None) -> Tensor:
-        matrix = self.layer.stored_matrix()
-        wide = torch.promote_types(matrix.dtype, torch.float32)
-        dense = torch.zeros(matrix.shape, dtype=wide, device=matrix.device)
+        wide = torch.promote_types(float_dtype(self.layer.get_base_layer()), torch.float32)
+        dense = torch.zeros(self.layer.stored_shape, dtype=wide, device=self.layer.device)
         if packed is not None:
             adapter, values = packed
             self.layer.delta(adapter).layout.scatter_(dense, values.to(dense))
@@ -138,6 +140,9 @@ class SparseObserver(LayerObserver):
 
     def start(self) -> Tensor:
         layer = self.layer
+        if layer.quantized:
+            matrix = float_weight(layer.get_base_layer())
+            return matrix if self._start is None else matrix + self._dense(self._start)
         matrix = layer.stored_matrix()
         if layer.written is not None:  # the base's own entries are in the stash
             delta = layer.delta(layer.written)

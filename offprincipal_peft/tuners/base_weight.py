@@ -110,10 +110,10 @@ def identity(base: nn.Module) -> Tensor:
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
-def dequantized_copy(base: nn.Module, default_dtype: torch.dtype) -> DequantizedLinear:
+def dequantized_copy(base: nn.Module, dtype: torch.dtype) -> DequantizedLinear:
     """A float layer with a quantised layer's values and a copy of its bias, frozen, on its device."""
     bias: Any = base.bias
-    weight = float_weight(base).to(float_dtype(base, default_dtype))
+    weight = float_weight(base).to(dtype)
     with torch.device("meta"):
         layer = DequantizedLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -32,4 +33,6 @@ class PendingStarts:
 
 def built_empty() -> bool:
     """Whether modules are created without memory right now, as ``get_peft_model(low_cpu_mem_usage=True)`` does."""
-    return nn.Linear(1, 1, bias=False).weight.is_meta
+    probe = nn.Module()
+    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return bool(next(probe.parameters()).is_meta)

@@ -1,4 +1,4 @@
-"""TRL on quantised bases: it casts what trains to bf16 there, and the reference is still the policy's start, exactly."""
+"""TRL on quantised bases: it casts what trains to bf16 there, and the reference is still the policy's start."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def sft(model: Any, folder: Path, peft_config: Any = None, steps: int = 2, **opt
 def update(host: PeftModel, adapter: str) -> dict[str, Tensor]:
     """What is computed with: folded factors' product, or the packed values. fp32."""
     if adapter in OFF:
-        factors = {l.geometry["default"].request.name: l.effective_factors("default") for l in off_layers(host)}
+        factors = {x.geometry["default"].request.name: x.effective_factors("default") for x in off_layers(host)}
         return {name: (left @ right).detach() for name, (left, right) in factors.items()}
     return {name: tensor.float() for name, tensor in packed_values(host).items() if name.endswith(".weight")}
 
@@ -90,6 +90,7 @@ def test_grpo_starts_at_its_reference(kind, adapter, route, tmp_path):
 @pytest.mark.parametrize("adapter", ["pissa", "offprincipal", "element"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_saved_adapter_continues_against_its_own_start(kind, adapter, tmp_path):
+    """Up to a product's rounding: TRL casts the policy's values to bf16, but not those of the reference it made."""
     trainer = sft(quantized(kind), tmp_path / "sft", ADAPTERS[adapter]())
     trainer.train()
     trainer.model.save_pretrained(tmp_path / "adapter")
@@ -98,7 +99,7 @@ def test_a_saved_adapter_continues_against_its_own_start(kind, adapter, tmp_path
     assert "ref" in grpo.model.peft_config
     start = update(grpo.model, adapter)
     kl = kl_per_step(grpo)
-    assert kl[0] == 0.0 and kl[1] != 0.0
+    assert kl[0] < 1e-5 and kl[1] > 100 * kl[0]  # seen 7.9e-7; 1.9e-7 for PEFT's LoRA
     moved = update(grpo.model, adapter)
     assert any(not torch.equal(moved[name], value) for name, value in start.items())
 

@@ -270,7 +270,7 @@ def test_a_broken_adapter_is_not_merged_safely(dtype, precision, value):
     broken = deltas(host)["model.layers.1.mlp.up_proj"]
     before = restored_bytes(host)
     broken.weight.data[3] = value
-    with pytest.raises(ValueError, match=r"NaNs or infinities.*layers\.1\.mlp\.up_proj.*default"):
+    with pytest.raises(ValueError, match=r"NaNs detected.*default.*layers\.1\.mlp\.up_proj"):
         host.merge_adapter(safe_merge=True)
     assert not sparse_layers(host)["model.layers.1.mlp.up_proj"].merged
     host.unmerge_adapter()  # the layers before it were merged

@@ -88,6 +88,7 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
             self._pending: dict[str, PendingStarts] = {}
             self._merge_record, self._quantized, self.merged_dtype = None, (), torch.float32
             self._pristine = pristine_state(self.get_base_layer())
+            self.register_state_dict_post_hook(_save_starts_as_subtracted)
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def install(
@@ -191,11 +192,17 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
     # -- the update -------------------------------------------------------------------------------------------
 
     def is_plain(self, adapter_name: str) -> bool:
-        """Whether the update is the product of the raw factors, as in LoRA."""
+        """Whether the update is the product of the raw factors, as in LoRA.
+
+        Not so where one of them was cast alone (TRL casts what trains on a quantised base): folding brings them to
+        one dtype.
+        """
         if self._pending:
             self.ensure_started(adapter_name)
         geometry = self.geometry[adapter_name]
-        return not geometry.difference and geometry.request.config.projection == "none"
+        if geometry.difference or geometry.request.config.projection != "none":
+            return False
+        return weight_of(self.lora_A, adapter_name).dtype == weight_of(self.lora_B, adapter_name).dtype
 
     def effective_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """``left`` (d_out, R), ``right`` (R, d_in) with ``dW = left @ right``; R is r, or 2r where both factors
@@ -294,11 +301,6 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
                 self.ensure_started(name)
         undo_packing(self.get_base_layer(), self._pristine)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, geometry in self.geometry.items():  # the starts that the update subtracts, rounded as it does
-            for start, factor in (("lora_start_A", self.lora_A), ("lora_start_B", self.lora_B)):
-                key = f"{prefix}{start}.{name}.weight"
-                if geometry.difference and key in destination:
-                    destination[key] = destination[key].to(weight_of(factor, name).dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Check that what is about to be loaded is whole and fits before any of it is written."""
@@ -330,3 +332,13 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
                 pending.unstarted.discard(geometry.request.name)
                 pending.filled.add(geometry.request.name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _save_starts_as_subtracted(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The starts that the update subtracts are saved as it rounds them, or a reloaded update would be another one."""
+    assert isinstance(layer, OffPrincipalLinear)
+    for name, geometry in layer.geometry.items():
+        for start, factor in (("lora_start_A", layer.lora_A), ("lora_start_B", layer.lora_B)):
+            key = f"{prefix}{start}.{name}.weight"
+            if geometry.difference and key in state_dict:
+                state_dict[key] = state_dict[key].to(weight_of(factor, name).dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...geometry.numerics import full_precision
 from ...geometry.reversible_add import MergeRecord, Start, add_low_rank_, restore_
-from ..base_weight import dequantized_copy, float_weight, quantization
+from ..base_weight import dequantized_copy, float_dtype, float_weight, quantization
 from .state import AdapterGeometry, weight_of
 
 
@@ -70,24 +70,21 @@ class ExactMerge:
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lora_A]
         if not names:
             return
+        if self._quantized or quantization(self.get_base_layer()):
+            self._merge_into_copy([*self.merged_adapters, *names], safe_merge)
+            return
         before = list(self.merged_adapters)
         terms = self._merge_terms([*before, *names])
-        self._restore()
-        self._hold_floats()
         weight = self._base_matrix()
+        self._restore()
         try:
             record = add_low_rank_(weight, *terms)
             if safe_merge and not torch.isfinite(weight).all():
                 restore_(weight, record)
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
-                    f"({self._name}: NaN or infinity). The base weight was left as it was."
-                )
+                raise self._not_finite(names)
         except Exception:
             if before:
                 self._merge_record = add_low_rank_(weight, *self._merge_terms(before))
-            else:
-                self._hold_quantized()
             raise
         self._merge_record, self.merged_adapters = record, [*before, *names]
 
@@ -125,12 +122,26 @@ class ExactMerge:
         self._hold_quantized()
         self.merged_adapters = []
 
-    def _hold_floats(self) -> None:
-        """Put a float copy in the place of a quantised base, which cannot hold an update."""
-        base = self.get_base_layer()
-        if quantization(base):
-            self._quantized = (base,)
-            self.base_layer = dequantized_copy(base, self.merged_dtype)
+    @full_precision()
+    def _merge_into_copy(self, names: list[str], safe_merge: bool) -> None:
+        """Replace a quantised layer by a float copy that holds the sum, rounded once; it cannot hold an update."""
+        base = self._quantized[0] if self._quantized else self.get_base_layer()
+        dtype = float_dtype(base, self.merged_dtype)
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        floats = dequantized_copy(base, wide)
+        for name in names:
+            left, right = self.effective_factors(name)
+            floats.weight.data += left.detach().to(wide) @ right.detach().to(wide)
+        floats.weight.data = floats.weight.data.to(dtype)
+        if safe_merge and not torch.isfinite(floats.weight).all():
+            raise self._not_finite(names)
+        self._quantized, self.base_layer, self.merged_adapters = (base,), floats, names
+
+    def _not_finite(self, names: list[str]) -> ValueError:
+        return ValueError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken ({self._name}: "
+            "NaN or infinity). The base weight was left as it was."
+        )
 
     def _hold_quantized(self) -> None:
         if self._quantized:

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...kernels import packed_delta_linear, packed_linear
+from ...kernels import packed_delta_linear, packed_linear, rewritten_linear
 from ..base_weight import dequantized_copy, float_dtype, pristine_state, quantization, weight_shape
 from ..pending import PendingStarts
 from .config import PrincipalSparseConfig
@@ -221,20 +221,6 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         layout.scatter_(dense, layout.expand(values))
         return dense
 
-    @torch.no_grad()
-    def set_update(self, adapter: str, dense: Tensor) -> None:
-        """Give an adapter the masked entries of a dense update, in the stored weight's orientation."""
-        self.restore()
-        delta = self.delta(adapter)
-        plan = delta.plan
-        assert plan is not None
-        update = delta.layout.gather(dense.contiguous())
-        if delta.precision == "fp32":
-            delta.install(plan, delta.layout.compress(update).to(delta.stored_dtype))
-            return
-        values = delta.layout.gather(self.stored_matrix()).float() + update.float()
-        delta.install(plan, delta.layout.compress(values).to(delta.stored_dtype))
-
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and not self.merged:
             self.restore()
@@ -263,11 +249,19 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
                     "or infinity). The base weight was left as it was."
                 )
         if self.quantized:
-            self.ensure_started(names[0])
-            base = self.get_base_layer()
-            self._quantized, self.base_layer = (base,), dequantized_copy(base, self.merged_dtype)
-        self.realise(names[0])
+            self._merge_into_copy(names[0])
+        else:
+            self.realise(names[0])
         self.merged_adapters = [names[0]]
+
+    def _merge_into_copy(self, adapter: str) -> None:
+        """Replace a quantised layer by a float copy that holds the sum, rounded once."""
+        self.ensure_started(adapter)
+        base = self.get_base_layer()
+        floats = dequantized_copy(base, torch.float32)
+        floats.weight.data += self.get_delta_weight(adapter)
+        floats.weight.data = floats.weight.data.to(float_dtype(base, self.merged_dtype))
+        self._quantized, self.base_layer = (base,), floats
 
     def unmerge(self) -> None:
         """Take the merged adapter out of the base weight; its bytes are then the original ones."""
@@ -288,19 +282,33 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            self.restore()
-            return self._base(x, *args, **kwargs)
+            return self._without_adapter(x)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names)
         if self.merged:
             return self._base(x, *args, **kwargs)
         adapter = self._active()
-        if adapter is None:
-            self.restore()
-            return self._base(x, *args, **kwargs)
-        return self._with_adapter(x, adapter)
+        return self._without_adapter(x) if adapter is None else self._with_adapter(x, adapter)
 
-    def _with_adapter(self, x: Tensor, adapter: str) -> Tensor:
+    def _without_adapter(self, x: Tensor) -> Tensor:
+        """The base's own output, also for a backward that comes after an adapter was written into its weight."""
+        self.restore()
+        base: Any = self.get_base_layer()
+        if self.quantized or not torch.is_grad_enabled() or not x.requires_grad or base.weight.requires_grad:
+            return self._base(x)
+        return rewritten_linear(
+            x, base.weight, base.bias, transposed=self.transposed, before_backward=self._restore_for_backward
+        )
+
+    def _restore_for_backward(self) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"{self.name}: the forward ran without an adapter, but now {self.merged_adapters[0]!r} is merged. Call "
+                "unmerge_adapter() before backward(). Nothing was changed."
+            )
+        self.restore()
+
+    def _with_adapter(self, x: Tensor, adapter: str, *, named: bool = False) -> Tensor:
         if self.quantized:
             return self._beside_base(x, adapter)
         self.realise(adapter)
@@ -316,7 +324,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
             base.bias if isinstance(base.bias, Tensor) else None,
             delta.layout,
             transposed=self.transposed,
-            before_backward=partial(self._before_backward, adapter, delta),
+            before_backward=partial(self._before_backward, adapter, delta, named),
         )
 
     def _beside_base(self, x: Tensor, adapter: str) -> Tensor:
@@ -347,12 +355,11 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
             rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
             part = x.index_select(0, rows)
             if name in self.princsparse_delta:
-                out = self._with_adapter(part, name)
+                out = self._with_adapter(part, name, named=True)
             else:
-                self.restore()
-                out = self._base(part)
+                out = self._without_adapter(part)
             result = out.new_empty((x.shape[0], *out.shape[1:])) if result is None else result
-            result.index_copy_(0, rows, out)
+            result = result.index_copy(0, rows, out)
         assert result is not None
         return result
 
@@ -369,12 +376,15 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
             )
         return names[0] if names else None
 
-    def _before_backward(self, adapter: str, delta: PackedDelta) -> None:
-        """Put the forward's values back where a disabled adapter or another forward took them out."""
+    def _before_backward(self, adapter: str, delta: PackedDelta, named: bool) -> None:
+        """Put the forward's values back where a disabled adapter or another forward took them out.
+
+        A batch that names its adapters runs with adapters that are not active.
+        """
         active = self.active_adapters
         other = self.merged_adapters and self.merged_adapters != [adapter]
         gone = adapter not in self.princsparse_delta or self.delta(adapter) is not delta
-        if gone or adapter not in active or other:
+        if gone or (adapter not in active and not named) or other:
             now = f"adapter {self.merged_adapters[0]!r} is merged" if other else f"the active adapters are {active}"
             raise RuntimeError(
                 f"{self.name}: the forward ran with adapter {adapter!r}, but now {now}. The weights of the forward are "

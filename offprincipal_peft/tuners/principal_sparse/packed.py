@@ -214,7 +214,12 @@ class PackedDelta(nn.Module, PackedMaster):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDelta:
         """Move with the model, but keep the dtype; the stash follows the base weight's dtype, as its entries do."""
         values, grad = self.weight.data, self.weight.grad
-        super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError:
+            if not values.is_meta:
+                raise
+            return self  # moved before its values are there, as PEFT does on an int8 base: they come with a device
         if self.weight.dtype != values.dtype:
             self.weight.data = values.to(self.weight.device)
             self.weight.grad = None if grad is None else grad.to(self.weight.device)

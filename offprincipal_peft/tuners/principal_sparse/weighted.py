@@ -49,7 +49,7 @@ def add_weighted(tuner: PrincipalSparseModel, adapters: list[str], weights: list
     for key, total in sums.items():
         layer = tuner.model.get_submodule(key)
         assert isinstance(layer, PrincipalSparseLinear)
-        layer.set_update(name, total)
+        set_update(layer, name, total)
         layer.delta(name).weight.requires_grad_(False)
     copy_saved_modules(tuner.model, adapters, name)
 
@@ -99,3 +99,16 @@ def _combined(
         units = units.T  # a plan is made from units in (d_out, d_in) orientation
     plan = next(p for a in present if (p := layer.delta(a).plan) is not None)
     return plan_mask(units, layer.stored_shape, config, plan.base, transposed=layer.transposed), total
+
+
+@torch.no_grad()
+def set_update(layer: PrincipalSparseLinear, adapter: str, dense: Tensor) -> None:
+    """Give an adapter the masked entries of a dense update, in the stored weight's orientation."""
+    layer.restore()
+    delta = layer.delta(adapter)
+    plan = delta.plan
+    assert plan is not None
+    values = delta.layout.gather(dense.contiguous())
+    if delta.precision != "fp32":
+        values = delta.layout.gather(layer.stored_matrix()).float() + values.float()
+    delta.install(plan, delta.layout.compress(values).to(delta.stored_dtype))
