@@ -22,8 +22,6 @@ from ..geometry.mask_storage import fingerprint
 class DequantizedLinear(nn.Linear):
     """A quantised layer's values in floats, as an ``nn.Linear`` that takes inputs of any dtype, as the layer did."""
 
-    of_conv1d = False  # whether the model's own layer, before it was quantised, was a Conv1D
-
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
         return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
@@ -110,16 +108,29 @@ def identity(base: nn.Module) -> Tensor:
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
-def dequantized_copy(base: nn.Module, dtype: torch.dtype) -> DequantizedLinear:
-    """A float layer with a quantised layer's values and a copy of its bias, frozen, on its device."""
+def merged_copy(base: nn.Module, update: Tensor, dtype: torch.dtype) -> DequantizedLinear | DequantizedConv1D:
+    """A frozen float layer that holds a quantised layer's values plus an update, rounded once.
+
+    Args:
+        base: the quantised layer, on whose device the copy is; its bias is copied.
+        update: (d_out, d_in), in the dtype that the sum is formed in.
+        dtype: of the result.
+    """
+    weight = float_weight(base).to(update.dtype).add_(update).to(dtype)
     bias: Any = base.bias
-    weight = float_weight(base).to(dtype)
+    rows, columns = weight.shape
+    layer: DequantizedLinear | DequantizedConv1D
     with torch.device("meta"):
-        layer = DequantizedLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if issubclass(getattr(base, "source_cls", nn.Linear), Conv1D):  # of transformers' own quantised GPT-2
+            layer = DequantizedConv1D(rows, columns)
+        else:
+            layer = DequantizedLinear(columns, rows, bias=bias is not None)
+    stored = weight.T if isinstance(layer, DequantizedConv1D) else weight
+    layer.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+    if isinstance(layer, DequantizedConv1D):
+        bias = weight.new_zeros(rows) if bias is None else bias.to(dtype)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    layer.of_conv1d = issubclass(getattr(base, "source_cls", nn.Linear), Conv1D)
     return layer.train(base.training)
 
 
@@ -152,11 +163,7 @@ def finish_merge(model: nn.Module) -> None:
     transformers reads ``quantization_config`` when a saved model is loaded, and quantises the linear layers that it
     does not list. It goes where no layer is quantised any more, and lists what is not otherwise.
     """
-    floats = {name: m for name, m in model.named_modules() if isinstance(m, DequantizedLinear)}
-    for name, module in floats.items():
-        if module.of_conv1d:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _as_conv1d(module))
+    floats = any(isinstance(module, DequantizedLinear | DequantizedConv1D) for module in model.modules())
     config: Any = getattr(model, "config", None)
     settings = getattr(config, "quantization_config", None)
     if settings is None or not floats:
@@ -173,15 +180,6 @@ def finish_merge(model: nn.Module) -> None:
     for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(model, mark, False):
             setattr(model, mark, False)
-
-
-def _as_conv1d(layer: DequantizedLinear) -> DequantizedConv1D:
-    with torch.device("meta"):
-        conv = DequantizedConv1D(layer.out_features, layer.in_features)
-    weight, bias = layer.weight, layer.bias
-    conv.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
-    conv.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight.dtype))
-    return conv.train(layer.training)
 
 
 def _forget_conversions(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from typing import Any
@@ -15,7 +16,28 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_weight import is_quantized_yet, quantization, weight_shape
 
+# What PEFT's task models train and save whole, after adapters were added; "all-linear" must leave it to them.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fresh_targets(config: Any) -> Any:
+    """The config as it was asked for, to be used for one more model or adapter.
+
+    PEFT writes the layers it finds into the caller's object, which stays in the model (its task models add to it
+    afterwards). One that was used before is copied, with the targets that were asked for: "all-linear" of a Llama are
+    not those of a GPT-2.
+    """
+    asked, found = getattr(config, "_targets", (None, None))
+    if found is None or config.target_modules != found:
+        return config
+    config = copy.copy(config)
+    config.target_modules = asked
+    return config
 
 
 def matched_targets(
@@ -27,6 +49,9 @@ def matched_targets(
     """
     all_linear = config.target_modules == "all-linear"
     _maybe_include_all_linear_layers(config, model)
+    if all_linear:
+        heads = _HEADS.get(config.task_type, ())
+        config.target_modules = {t for t in config.target_modules if not any(part in heads for part in t.split("."))}
     from_checkpoint = None
     if state_dict is not None:
         from_checkpoint = {key.rsplit("." + tuner.prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}

@@ -234,12 +234,26 @@ def test_gradients_and_steps_are_those_of_the_float_twin(kind, adapter):
     got, want = gradients(host), gradients(twin)
     assert got.keys() == want.keys()
     for name, gradient in got.items():
-        # seen 1.1e-6
-        assert relative_error(gradient, want[name]) < 1e-5, name
+        # seen 4.6e-6
+        assert relative_error(gradient, want[name]) < 5e-5, name
     for model in (host, twin):
         step(model, 4)
     # seen 3.9e-5
     assert relative_error(logits(host), logits(twin)) < 4e-4
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("adapter", ["lora", "pissa", "offprincipal", "element", "row"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_leaves_gradients_as_they_were(kind, adapter, training):
+    """bitsandbytes reorders 4-bit weights in a no-grad eval forward, and its backward reads them in the old order."""
+    host = trained(kind, adapter)
+    want = gradients(host.train(training))
+    logits(host.eval())
+    got = gradients(host.train(training))
+    for name, gradient in want.items():
+        # the scales may be rounded to bf16 by then
+        assert relative_error(got[name], gradient) < 2e-2, name
 
 
 @pytest.mark.parametrize("kind", KINDS)

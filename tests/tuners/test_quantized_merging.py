@@ -67,8 +67,8 @@ def test_a_merge_is_the_dequantised_weight_plus_the_update_rounded_once(kind, dt
         assert type(layer) is DequantizedLinear and layer.weight.dtype == dtype
         assert not layer.weight.requires_grad
         want = (by_bitsandbytes(bare.get_submodule(name)).float() + delta).to(dtype)
-        # rounding boundaries aside (the update is added in fp64 to fp32 bases): seen 6.6e-8 and 8.4e-5
-        assert relative_error(layer.weight, want) < (5e-7 if dtype == torch.float32 else 5e-4), name
+        # seen 4.2e-7: sums close to the middle of two numbers
+        assert relative_error(layer.weight, want) < 1e-5, name
 
 
 @pytest.mark.parametrize("adapter", ["pissa", "offprincipal", "element", "row"])
@@ -81,15 +81,8 @@ def test_merging_and_unmerging(kind, dtype, adapter):
     host.merge_adapter()
     assert not [m for m in host.modules() if m in layers.values()]
     merged = logits(host)
-    # seen 1.2e-6 and 9.6e-3
+    # in bf16: seen 1.0e-2
     assert relative_error(merged, want) < (1e-5 if dtype == torch.float32 else 5e-2)
-    checkpoint = set(AutoModelForCausalLM.from_pretrained(folder(dtype=dtype)).state_dict())
-    stored = {
-        key.replace(".base_layer.", ".").removeprefix("base_model.model.")
-        for key in host.state_dict()
-        if "lora_" not in key and "princsparse_" not in key
-    }
-    assert stored == checkpoint
     host.merge_adapter()  # once more: nothing left to merge
     assert torch.equal(logits(host), merged)
     with host.disable_adapter():
@@ -97,6 +90,24 @@ def test_merging_and_unmerging(kind, dtype, adapter):
     assert torch.equal(logits(host), want)
     assert_same_base(before, base_bytes(host))
     assert dict(quantized_layers(host)).keys() == layers.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("make", [config, sparse_config])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_state_dict_has_the_checkpoints_names_and_shapes(kind, make, family):
+    """What an engine that is fed from it (vLLM) expects."""
+    host = get_peft_model(quantized(kind, family=family), make())
+    host.merge_adapter()
+    checkpoint = AutoModelForCausalLM.from_pretrained(folder(family)).state_dict()
+    stored = {
+        key.replace(".base_layer.", ".").removeprefix("base_model.model."): value
+        for key, value in host.state_dict().items()
+        if "lora_" not in key and "princsparse_" not in key
+    }
+    assert {key: tuple(value.shape) for key, value in stored.items()} == {
+        k: tuple(v.shape) for k, v in checkpoint.items()
+    }
 
 
 @pytest.mark.parametrize("adapter", ["pissa", "element"])
@@ -158,7 +169,11 @@ def test_a_merged_model_is_a_float_model_on_disk(kind, family, tmp_path):
     """GPT-2's layers are `Conv1D`: its checkpoint has the transposed weights."""
     host = get_peft_model(quantized(kind, family=family), config("pissa"))
     train(host, 2)
+    want = logits(host.train())
     merged = host.merge_and_unload().train()
+    # seen 5.3e-7
+    assert relative_error(logits(merged), want) < 1e-5
+    assert not [name for name, p in merged.named_parameters() if p.requires_grad]
     assert not hasattr(merged.config, "quantization_config")
     assert not getattr(merged, "is_quantized", False)
     loaded = saved_and_loaded(merged, tmp_path)
@@ -267,7 +282,7 @@ def test_modules_to_save(kind, adapter, tmp_path):
     want = logits(host.train())
     host.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(quantized(kind), tmp_path).train()), want)
-    # seen 3.1e-7
+    # seen 3.2e-7
     assert relative_error(logits(host.merge_and_unload()), want) < 1e-5
 
 

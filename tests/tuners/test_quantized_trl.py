@@ -147,8 +147,8 @@ def test_the_geometry_callback_sees_the_update(kind, adapter, tmp_path):
     observed = callback.layer_history[-1]["layers"]
     assert observed.keys() == norms.keys()
     for name, norm in norms.items():
-        # seen 1.5e-3: get_delta_weight rounds to the factors' bf16
-        assert relative_error(torch.tensor(observed[name]["update_norm"]), torch.tensor(norm)) < 1e-2
+        # seen 1.6e-4: get_delta_weight rounds to the factors' bf16
+        assert relative_error(torch.tensor(observed[name]["update_norm"]), torch.tensor(norm)) < 2e-3
     if adapter == "offprincipal":
         assert callback.history[-1]["geometry/share_both"] < 1e-4
 

@@ -301,18 +301,6 @@ def test_a_step_between_a_forward_and_its_backward(dtype, precision, kind, forwa
         assert_same_tensors({name: p.grad for name, p in trainable(host).items()}, want)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), SOME, ids=names)
-def test_a_batch_that_mixes_adapters_is_refused(dtype, precision):
-    host = trained(dtype=dtype, precision=precision).eval()
-    host.add_adapter("second", sparse_config(precision=precision))
-    want, before = logits(host), restored_bytes(host)
-    for use in (host, host.generate):
-        with pytest.raises(ValueError, match=r"mix adapters are not supported.*one adapter"):
-            use(input_ids=IDS, adapter_names=["default", "second"])
-    assert_same_base(before, restored_bytes(host))
-    assert torch.equal(logits(host), want)
-
-
 def test_a_copied_model_with_a_foreign_optimizer_is_refused_too():
     host = copy.deepcopy(trained(dtype=torch.bfloat16, precision="split"))
     host(input_ids=IDS, labels=IDS).loss.backward()

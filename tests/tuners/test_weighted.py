@@ -93,7 +93,7 @@ def test_every_pair_of_presets(first, second):
     host, names = two({"preset": first}, {"preset": second, "r": 6, "lora_alpha": 3, "seed": 3}, steps=1)
     parts = list(zip(names, (0.7, -0.4), strict=True))
     add(host, parts)
-    assert worst(host, "sum", parts) < 2e-5  # seen 3.1e-7
+    assert worst(host, "sum", parts) < 2e-5  # seen 1.1e-7
     both = first == second == "offprincipal"
     assert host.peft_config["sum"].projection == ("both" if both else "none")
 
@@ -111,6 +111,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patterns": (
         {"preset": "pissa", "target_modules": r".*layers\.0.*(q|v)_proj"},
         {"preset": "lora", "target_modules": r".*layers\.1.*mlp\.up_proj"},
+    ),
+    "a list and a pattern": (
+        {"preset": "pissa", "target_modules": ["q_proj"]},
+        {"preset": "lora", "target_modules": r".*layers\.0.*(q|up)_proj"},
     ),
     "other transformer layers": (
         {"preset": "pissa", "target_modules": ["q_proj"], "layers_to_transform": [0]},
@@ -130,9 +134,9 @@ def test_configs_that_differ(kind, case, tmp_path):
     host, names = two(*CASES[case])
     parts = list(zip(names, (-1.5, 0.25), strict=True))
     add(host, parts, kind=kind, **({"svd_rank": 32} if kind == "svd" else {}))
-    assert worst(host, "sum", parts) < 2e-5  # seen 5.0e-7
+    assert worst(host, "sum", parts) < 2e-5  # seen 8.1e-7
     host.set_adapter("sum")
-    want = logits(host)
+    want = logits(host.eval())  # PEFT makes dropouts in train mode
     host.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(tiny(), tmp_path / "sum")
     assert torch.equal(logits(loaded), want)
@@ -150,7 +154,7 @@ def test_every_kind_of_base(base, tmp_path):
     before = base_bytes(host)
     add(host, parts)
     add(host, parts, "small", "svd", svd_rank=2)
-    assert worst(host, "sum", parts) < 2e-5  # seen 2.9e-7
+    assert worst(host, "sum", parts) < 2e-5  # seen 1.4e-7
     host.set_adapter("sum")
     want = logits(host.train())
     host.save_pretrained(tmp_path, selected_adapters=["sum"])
@@ -159,7 +163,7 @@ def test_every_kind_of_base(base, tmp_path):
     merged = logits(host)
     host.unmerge_adapter()
     assert torch.equal(logits(host), want)
-    # seen 5.9e-7, in bf16 8.2e-3
+    # in bf16: seen 7.8e-3
     assert relative_error(merged, want) < (5e-2 if want.dtype == torch.bfloat16 else 1e-5)
     assert_same_base(before, base_bytes(host))
 
@@ -177,14 +181,14 @@ def test_one_and_three_adapters(kind, weights):
             add(host, parts, kind=kind)
         return
     add(host, parts, kind=kind, **({"svd_rank": 30} if kind == "svd" else {}))
-    assert worst(host, "sum", parts) < 2e-5  # seen 4.4e-7
+    assert worst(host, "sum", parts) < 2e-5  # seen 9.9e-7
 
 
 def test_the_same_adapter_twice():
     host, _ = two({"preset": "pissa"}, {"preset": "mica"})
     parts = [("default", 1.0), ("two", 1.0), ("default", 0.5)]
     add(host, parts)
-    assert worst(host, "sum", parts) < 2e-5  # seen 1.4e-7
+    assert worst(host, "sum", parts) < 2e-5  # seen 3.9e-8
 
 
 # -- truncation -------------------------------------------------------------------------------------------------------
@@ -222,9 +226,9 @@ ELEMENTWISE = {
 }
 
 
-@pytest.mark.parametrize("kind", ELEMENTWISE)
+@pytest.mark.parametrize("kind", ["ties_svd", "magnitude_prune_svd"])
 def test_kinds_on_dense_updates_are_pefts(kind):
-    """On plain updates: PEFT's own adapter from the same values, whose random draws come in the same order."""
+    """On plain updates: PEFT's own adapter from the same values. (Its dare kinds draw after the new factors' start.)"""
     host, names = two({"preset": "lora"}, {"preset": "lora", "seed": 3, "r": 5})
     twin = get_peft_model(tiny(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     twin.add_adapter("two", LoraConfig(r=5, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -232,12 +236,11 @@ def test_kinds_on_dense_updates_are_pefts(kind):
     options = {"density": 0.4, "majority_sign_method": "frequency", "svd_rank": 6}
     made = []
     for model in (host, twin):
-        torch.manual_seed(7)
         add(model, [(names[0], 0.6), (names[1], 0.8)], kind=kind, **options)
         layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
         made.append({n: m.get_delta_weight("sum").detach() for n, m in layers.items()})
     for name, update in made[1].items():
-        assert relative_error(made[0][name], update) < 2e-5, name  # seen 7.0e-7
+        assert relative_error(made[0][name], update) < 2e-5, name  # seen 2.0e-6
 
 
 @pytest.mark.parametrize("kind", ELEMENTWISE)
@@ -251,7 +254,7 @@ def test_kinds_on_dense_updates_with_starts(kind):
     for name in each[0]:
         present = [i for i in (0, 1) if name in each[i]]
         want = ELEMENTWISE[kind]([each[i][name].float() for i in present], torch.tensor([0.6, 0.8])[present])
-        assert relative_error(got[name], want) < 2e-5  # seen 1.1e-6
+        assert relative_error(got[name], want) < 2e-5  # seen 1.0e-6
     with pytest.raises(ValueError, match=rf"{kind}.*needs density"):
         add(host, [("default", 1.0)], "other", kind=kind)
 
@@ -284,7 +287,7 @@ def leak(host: PeftModel, adapter: str, k: int) -> float:
 def test_a_sum_of_projected_adapters_is_projected(options, tmp_path):
     host, names = two({"preset": "offprincipal"}, {"preset": "offprincipal", "init_factors": "both", "seed": 1})
     add(host, list(zip(names, (1.0, -2.0), strict=True)), **{"kind": "svd"} | options)
-    assert leak(host, "sum", 5) < 2e-5  # seen 6.1e-7
+    assert leak(host, "sum", 5) < 2e-5  # seen 2.4e-8
     host.set_adapter("sum")
     host.set_requires_grad("sum", True)
     train(host, 5, by=torch.optim.AdamW(trainable(host).values(), lr=1e-2, weight_decay=0.1))
@@ -293,7 +296,7 @@ def test_a_sum_of_projected_adapters_is_projected(options, tmp_path):
     loaded = PeftModel.from_pretrained(tiny(), tmp_path / "sum", is_trainable=True)
     train(loaded, 2)
     assert leak(loaded, "default", 5) < 2e-5
-    assert leak(loaded, "default", 8) > 1e-2  # seen 0.3: the measurement sees what is not projected
+    assert leak(loaded, "default", 8) > 1e-2  # seen 0.5: the measurement sees what is not projected
 
 
 def test_projections_that_differ_are_not_claimed():
@@ -313,7 +316,7 @@ REFUSED = {
     "none": (([], [], "sum"), {}, "0 adapters"),
     "nan": ((["default"], [float("nan")], "sum"), {}, "finite numbers, got nan"),
     "kind": ((["default"], [1.0], "sum"), {"combination_type": "mean"}, "'svd', 'cat', 'ties_svd'.*got 'mean'"),
-    "raw": ((["default", "two"], [1, 1], "sum"), {"combination_type": "ties"}, "Use 'cat' .*'svd'.*'ties_svd'"),
+    "raw": ((["default", "two"], [1, 1], "sum"), {"combination_type": "ties"}, "Use 'cat' .*exact.*or 'svd'"),
     "pruned": (
         (["default", "two"], [1, 1], "sum"),
         {"combination_type": "dare_ties_svd", "density": 0.5},
@@ -332,14 +335,6 @@ def test_what_is_refused_leaves_the_model_as_it_was(case):
     assert list(host.peft_config) == ["default", "two"] and host.active_adapters == ["two"]
     assert_same_tensors(dict(host.state_dict()), state)
     assert torch.equal(logits(host), want)
-
-
-def test_lists_and_patterns_of_targets_do_not_mix():
-    """`all-linear` stands for a list."""
-    host, names = two({"target_modules": ["q_proj"]}, {"target_modules": r".*layers\.0.*q_proj"})
-    with pytest.raises(ValueError, match="some by a list and some by a pattern"):
-        add(host, [(name, 1.0) for name in names])
-    assert list(host.peft_config) == names
 
 
 def test_a_failing_injection_leaves_the_model_as_it_was(monkeypatch):

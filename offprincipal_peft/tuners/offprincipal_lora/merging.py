@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...geometry.numerics import full_precision
 from ...geometry.reversible_add import MergeRecord, Start, add_low_rank_, restore_
-from ..base_weight import dequantized_copy, float_dtype, float_weight, quantization
+from ..base_weight import float_dtype, float_weight, merged_copy, quantization, weight_shape
 from .state import AdapterGeometry, weight_of
 
 
@@ -125,14 +125,14 @@ class ExactMerge:
     @full_precision()
     def _merge_into_copy(self, names: list[str], safe_merge: bool) -> None:
         """Replace a quantised layer by a float copy that holds the sum, rounded once; it cannot hold an update."""
-        base = self._quantized[0] if self._quantized else self.get_base_layer()
+        base: Any = self._quantized[0] if self._quantized else self.get_base_layer()
         dtype = float_dtype(base, self.merged_dtype)
         wide = torch.float64 if dtype == torch.float32 else torch.float32
-        floats = dequantized_copy(base, wide)
+        update = torch.zeros(weight_shape(base), dtype=wide, device=base.weight.device)
         for name in names:
             left, right = self.effective_factors(name)
-            floats.weight.data += left.detach().to(wide) @ right.detach().to(wide)
-        floats.weight.data = floats.weight.data.to(dtype)
+            update += left.detach().to(wide) @ right.detach().to(wide)
+        floats = merged_copy(base, update, dtype)
         if safe_merge and not torch.isfinite(floats.weight).all():
             raise self._not_finite(names)
         self._quantized, self.base_layer, self.merged_adapters = (base,), floats, names

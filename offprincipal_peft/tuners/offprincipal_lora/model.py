@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from peft import LoraModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base_weight import finish_merge, float_dtype, float_weight, model_dtype, weight_shape
 from ..pending import PendingStarts, built_empty
-from ..targets import check_supported, matched_targets
+from ..targets import check_supported, fresh_targets, matched_targets
 from ..transformers_loading import expect_nothing, expect_values
 from .config import OffPrincipalLoraConfig
 from .inits import LayerStart, StartRequest, check_request, compute_start, needs_decomposition
@@ -55,15 +57,18 @@ class OffPrincipalLoraModel(LoraModel):
             self._requests: dict[str, StartRequest] = {}
             self._starts: dict[str, LayerStart] = {}
             self._pending: dict[str, PendingStarts] = {}
-        config = self.peft_config[adapter_name]
-        asked = config.target_modules  # PEFT writes what it finds into the caller's config, who may use it again
+        config = self.peft_config[adapter_name] = fresh_targets(self.peft_config[adapter_name])
+        asked = config.target_modules
         try:
             config = self._prepare_adapter_config(config, self.get_model_config(model))
             self._plan(config, adapter_name, model, low_cpu_mem_usage, state_dict)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        finally:
+        except BaseException:
             config.target_modules = asked
+            raise
+        finally:
             self._requests, self._starts = {}, {}
+        config._targets = (asked, config.target_modules)
 
     def _plan(
         self,
@@ -191,8 +196,18 @@ class OffPrincipalLoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with self.scope.open(), super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
+        layers: list[nn.Module] = []
+        if kwargs.get("adapter_names") is not None:
+            layers = [m for m in self.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
+        hooks = [set(layer._forward_pre_hooks) for layer in layers]
+        try:
+            with self.scope.open(), super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:  # PEFT leaves its hooks behind when the batch fails, and the next forward runs with those names
+            for layer, known in zip(layers, hooks, strict=True):
+                for hook in set(layer._forward_pre_hooks) - known:
+                    del layer._forward_pre_hooks[hook]
+                    layer._forward_pre_hooks_with_kwargs.pop(hook, None)
 
     def reuse_projected_factors(self) -> Any:
         """A context manager within which the caller promises that no adapter parameter changes.

@@ -54,8 +54,9 @@ def combined_factors(updates: list[Factors], weights: list[float], how: Combinat
     right = torch.cat([f[1] for f in updates], dim=0)
     if how.kind == "cat":
         return left, right
-    rank = min(how.rank or default_rank, *left.shape, *right.shape)
+    rank = min(how.rank or default_rank, left.shape[0], right.shape[1])
     if how.kind == "svd":
+        rank = min(rank, right.shape[0])  # the sum has no more
         (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
         U, S, Vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         left, right = q_left @ (U[:, :rank] * S[:rank]), Vh[:rank] @ q_right.T
@@ -104,8 +105,8 @@ def add_weighted(
     tuner.peft_config[name] = _config(configs, {key: f[1].shape[0] for key, f in combined.items()})
     try:
         tuner.inject_adapter(tuner.model, name)
-    except Exception:
-        del tuner.peft_config[name]
+    except BaseException:  # interrupted or out of memory: no layer keeps half of it
+        tuner.delete_adapter(name)
         raise
     _freeze_adapter(tuner.model, name)
     for key, (left, right) in combined.items():

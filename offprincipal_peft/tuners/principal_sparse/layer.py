@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...kernels import packed_delta_linear, packed_linear, rewritten_linear
-from ..base_weight import dequantized_copy, float_dtype, pristine_state, quantization, weight_shape
+from ..base_weight import float_dtype, merged_copy, pristine_state, quantization, weight_shape
 from ..pending import PendingStarts
 from .config import PrincipalSparseConfig
 from .packed import PackedDelta
@@ -120,7 +120,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
             same = other.mask == config.mask and other.mask_options() == config.mask_options()
             same = same and other.packing == config.packing
             plan = self.delta(adapter).plan
-            if same and plan is not None:
+            if same and plan is not None and plan.evaluated:
                 return dataclasses.replace(plan)
         return None
 
@@ -258,9 +258,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         """Replace a quantised layer by a float copy that holds the sum, rounded once."""
         self.ensure_started(adapter)
         base = self.get_base_layer()
-        floats = dequantized_copy(base, torch.float32)
-        floats.weight.data += self.get_delta_weight(adapter)
-        floats.weight.data = floats.weight.data.to(float_dtype(base, self.merged_dtype))
+        floats = merged_copy(base, self.get_delta_weight(adapter), float_dtype(base, self.merged_dtype))
         self._quantized, self.base_layer = (base,), floats
 
     def unmerge(self) -> None:

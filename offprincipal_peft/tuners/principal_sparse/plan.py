@@ -27,6 +27,7 @@ class MaskPlan:
     base: Tensor  # fingerprint of the base weight, uint8 (16,)
     reports: list[MatchReport | OverlapReport] = field(default_factory=list)
     transposed: bool = False  # the weight is stored (d_in, d_out)
+    evaluated: bool = True  # whether it is what the config's expression names here; a sum of adapters may hold less
 
     def packed(self) -> Tensor:
         """The mask's units as they are saved, in (d_out, d_in) orientation; made when asked for, to hold no copy."""

@@ -43,8 +43,8 @@ def add_weighted(tuner: PrincipalSparseModel, adapters: list[str], weights: list
     tuner.peft_config[name] = dataclasses.replace(config, **targets)
     try:
         tuner.inject_with_plans(name, plans)
-    except Exception:
-        del tuner.peft_config[name]
+    except BaseException:  # interrupted or out of memory: no layer keeps half of it
+        tuner.delete_adapter(name)
         raise
     for key, total in sums.items():
         layer = tuner.model.get_submodule(key)
@@ -98,7 +98,8 @@ def _combined(
     if layer.transposed and units.dim() == 2:
         units = units.T  # a plan is made from units in (d_out, d_in) orientation
     plan = next(p for a in present if (p := layer.delta(a).plan) is not None)
-    return plan_mask(units, layer.stored_shape, config, plan.base, transposed=layer.transposed), total
+    union = plan_mask(units, layer.stored_shape, config, plan.base, transposed=layer.transposed)
+    return dataclasses.replace(union, evaluated=False), total
 
 
 @torch.no_grad()
