@@ -39,14 +39,7 @@ def packed_linear(
 
     Under autocast the products run in the autocast dtype, as ``F.linear`` would.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
-        out: Tensor = _PackedLinear.apply(x, delta, weight, bias, layout, transposed, before_backward)
-    return out
+    return _product(x, delta, weight, bias, layout, transposed, before_backward)
 
 
 def rewritten_linear(
@@ -61,12 +54,26 @@ def rewritten_linear(
 
     Arguments as in :func:`packed_linear`; ``before_backward`` puts the values of this forward back.
     """
-    return packed_linear(
-        x, x.new_empty(0), weight, bias, _NOTHING, transposed=transposed, before_backward=before_backward
-    )
+    return _product(x, x.new_empty(0), weight, bias, None, transposed, before_backward)
 
 
-_NOTHING: Any = None  # no entry is trained: the layout is never asked
+def _product(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout | None,  # not asked where delta needs no gradient
+    transposed: bool,
+    before_backward: Callable[[], None] | None,
+) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _PackedLinear.apply(x, delta, weight, bias, layout, transposed, before_backward)
+    return out
 
 
 def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -86,7 +93,7 @@ class _PackedLinear(torch.autograd.Function):
         delta: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        layout: Layout,
+        layout: Any,
         transposed: bool,
         before_backward: Callable[[], None] | None,
     ) -> Tensor:

@@ -144,7 +144,9 @@ def undo_packing(base: nn.Module, pristine: Any) -> None:
     """Put a 4-bit layer's codes and scales back as they were before bitsandbytes packed them for the CPU.
 
     Its own way back, which ``state_dict()`` takes, leaves the scales of a layer in another order or quantises them
-    again (0.50.2): the layer computes with other weights from then on.
+    again: the layer computes with other weights from then on. And its backward does not know the packed order: it
+    multiplies with other weights (both in 0.50.2). So this is done before a state dict and before a forward that a
+    backward follows.
     """
     weight: Any = base.weight
     if quantization(base) != "4bit" or not getattr(weight.quant_state, "packing_format_for_cpu", False):

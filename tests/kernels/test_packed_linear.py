@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers import relative_error
 from offprincipal_peft.geometry.masks import MaskOptions, build_mask
-from offprincipal_peft.kernels import layout_of, packed_linear, write_sum_
+from offprincipal_peft.kernels import layout_of, packed_linear, rewritten_linear, write_sum_
 from offprincipal_peft.kernels.layout import CHUNK, ElementLayout, Layout
 from offprincipal_peft.kernels.reference import masked_linear, masked_weight_gradient, written_weight
 
@@ -212,3 +212,33 @@ def test_the_comparison_sees_a_wrong_entry() -> None:
     x, grad = torch.randn(33, 40), torch.randn(33, 600)
     wrong = ElementLayout((600, 40), (layout.mask().view(-1).nonzero().squeeze(1).int() + 1).clamp_max(600 * 40 - 1))
     assert relative_error(wrong.gradient(grad, x), layout.gradient(grad, x)) > 0.5
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D], ids=["Linear", "Conv1D"])
+def test_a_rewritten_weight_is_put_back_for_the_backward(kind: type) -> None:
+    transposed = kind is Conv1D
+    weight, other, bias = torch.randn(70, 40), torch.randn(70, 40), torch.randn(70)
+    stored = (weight.T if transposed else weight).contiguous()
+    original = stored.clone()
+    x = torch.randn(5, 40, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+
+    def put_back() -> None:
+        stored.data.copy_(original)
+
+    out = rewritten_linear(x, stored, bias, transposed=transposed, before_backward=put_back)
+    assert relative_error(out, nn.functional.linear(twin, weight, bias)) <= 5e-7  # seen 1.3e-7
+    stored.data.copy_(other.T if transposed else other)  # through .data: autograd does not notice
+    out.square().sum().backward()
+    nn.functional.linear(twin, weight, bias).square().sum().backward()
+    assert x.grad is not None and twin.grad is not None
+    assert relative_error(x.grad, twin.grad) <= 5e-7  # seen 1.7e-7
+
+
+def test_without_being_put_back_the_gradient_is_of_the_other_weight() -> None:
+    stored = torch.randn(70, 40)
+    x = torch.randn(5, 40, requires_grad=True)
+    out = rewritten_linear(x, stored, None, before_backward=lambda: None)
+    stored.data.copy_(torch.randn(70, 40))
+    out.sum().backward()
+    assert x.grad is not None and relative_error(x.grad, stored.sum(0).expand(5, 40)) <= 5e-7

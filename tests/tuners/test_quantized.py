@@ -23,7 +23,7 @@ from lifecycle import (
     off_layers,
     trainable,
 )
-from offprincipal_peft.tuners.base_weight import dequantized_copy, float_weight, identity
+from offprincipal_peft.tuners.base_weight import float_weight, identity, merged_copy
 from quantized import (
     ADAPTERS,
     KINDS,
@@ -99,7 +99,8 @@ def test_float_weight_is_bitsandbytes_dequantisation(kind):
         # seen 0 for 4 bits, 4.5e-8 for int8, whose scales bitsandbytes multiplies by a rounded 1/127
         bar = 3e-7 if kind == "int8" else 0.0
         assert relative_error(float_weight(layer), by_bitsandbytes(layer)) <= bar
-        assert torch.equal(dequantized_copy(layer, torch.float32).weight, float_weight(layer))
+        nothing = torch.zeros(layer.out_features, layer.in_features)
+        assert torch.equal(merged_copy(layer, nothing, torch.float32).weight, float_weight(layer))
 
 
 @pytest.mark.parametrize("adapter", OFF)
@@ -268,7 +269,7 @@ def test_the_guarantee_holds_against_the_dequantised_weight(kind):
         left, right = (f.detach().double() for f in layer.effective_factors("default"))
         delta = left @ right
         leaks = (U[:, :5].T @ delta).norm() / delta.norm(), (delta @ Vh[:5].T).norm() / delta.norm()
-        # seen 1.5e-6
+        # seen 2.8e-7
         assert max(leaks) < 2e-5, name
 
 

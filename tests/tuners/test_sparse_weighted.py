@@ -153,7 +153,7 @@ def test_a_sum_in_bf16_weights_is_rounded_to_nearest(precision):
         wanted = original[name] + sum(w * part[name] for (_, w), part in zip(PARTS, parts, strict=True))
         held = (original[name] + dense(host, "sum")[name])[delta.layout.mask()]
         nearest = wanted[delta.layout.mask()].float().bfloat16().double()
-        assert (held != nearest).float().mean() < 0.01  # ties of two roundings; seen 0
+        assert (held != nearest).float().mean() < 0.01  # rounded twice, through fp32; seen 2.4e-3
 
 
 @pytest.mark.parametrize("packing", ["auto", "dense", "packed"])

@@ -205,7 +205,7 @@ def test_svd_is_the_best_of_its_rank(second, rank):
         S = torch.linalg.svdvals(target)
         assert torch.linalg.matrix_rank(got[name], rtol=1e-5) <= rank
         lost, least = (got[name] - target).norm() / S.norm(), S[rank:].norm() / S.norm()
-        assert lost <= least + 2e-6, name  # seen 1.4e-7 more than the least
+        assert lost <= least + 5e-6, name  # seen 1.0e-6 more than the least
     assert host.peft_config["sum"].r == min(rank, 12)  # pissa's update has rank 8, the other 4
     assert host.peft_config["sum"].lora_alpha == host.peft_config["sum"].r
 

@@ -72,6 +72,12 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
         return {("init_subspace",): OffPrincipalVariant}
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            undo_packing(self.get_base_layer(), self._pristine)
+        out: Tensor = super().forward(x, *args, **kwargs)
+        return out
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         if not isinstance(config, OffPrincipalLoraConfig):
             raise ValueError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...kernels import packed_delta_linear, packed_linear, rewritten_linear
-from ..base_weight import float_dtype, merged_copy, pristine_state, quantization, weight_shape
+from ..base_weight import float_dtype, merged_copy, pristine_state, quantization, undo_packing, weight_shape
 from ..pending import PendingStarts
 from .config import PrincipalSparseConfig
 from .packed import PackedDelta
@@ -362,6 +362,8 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         return result
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            undo_packing(self.get_base_layer(), self._pristine)
         out: Tensor = self.base_layer(x, *args, **kwargs)
         return out
 
