@@ -20,6 +20,12 @@ ON_DISK = {part: "disk" if part == "model.layers.1" else "cpu" for part in PARTS
 SPARSE_REFUSAL = r"q_proj: the base weight has no values .*offloading.* Load the model onto one device"
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT rewrites what is on disk below the current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     tiny().save_pretrained(tmp_path / "base")
