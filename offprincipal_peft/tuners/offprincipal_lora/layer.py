@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...geometry.numerics import full_precision
-from ..base_weight import pristine_state, undo_packing
+from ..base_weight import pristine_state, quantization, undo_packing
 from ..pending import PendingStarts
 from .config import OffPrincipalLoraConfig
 from .fold import folded_factors
@@ -73,7 +73,7 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
         return {("init_subspace",): OffPrincipalVariant}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled():
+        if self._is_4bit and torch.is_grad_enabled():
             undo_packing(self.get_base_layer(), self._pristine)
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
@@ -94,6 +94,7 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
             self._pending: dict[str, PendingStarts] = {}
             self._merge_record, self._quantized, self.merged_dtype = None, (), torch.float32
             self._pristine = pristine_state(self.get_base_layer())
+            self._is_4bit = quantization(self.get_base_layer()) == "4bit"
             self.register_state_dict_post_hook(_save_starts_as_subtracted)
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 

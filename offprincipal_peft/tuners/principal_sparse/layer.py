@@ -50,6 +50,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         self.merged_dtype = merged_dtype  # of a merged copy of int8 codes, which do not tell
         self.cast_input_dtype_enabled = True  # PEFT's helpers set it; inputs are never cast here
         self._pristine = pristine_state(base_layer)
+        self._is_4bit = quantization(base_layer) == "4bit"
         self._quantized: tuple[nn.Module, ...] = ()  # the layer that a merge replaced; a tuple hides it from torch
         self.name, self.scope = name, scope
         self.transposed = isinstance(base_layer, Conv1D)
@@ -362,7 +363,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         return result
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled():
+        if self._is_4bit and torch.is_grad_enabled():
             undo_packing(self.get_base_layer(), self._pristine)
         out: Tensor = self.base_layer(x, *args, **kwargs)
         return out
