@@ -14,6 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..geometry.mask_storage import fingerprint
 from ..tuners.offprincipal_lora.config import PEFT_TYPE_NAME as OFF_PRINCIPAL
 from ..tuners.principal_sparse.config import PEFT_TYPE_NAME as SPARSE
 from .adapter_source import PREFIX
@@ -88,7 +89,8 @@ def export_merged(
         folder: where to; written whole or not at all, with the tokenizer files of the adapter's folder or the base.
         base: a folder or a Hugging Face id; by default the adapter's ``base_model_name_or_path``.
         adapter_name: which adapter of a folder with several.
-        dtype: of the written weights, by default the base's. The update is added at the wider of the two.
+        dtype: of the written weights, by default the base's; for a sparse adapter the one it was trained on, which its
+            fingerprints tell. The update is added at the wider of the two.
         device: to merge on.
         overwrite: replace an exported folder.
         max_shard_size: of one weights file, in bytes or as ``"5GB"``.
@@ -109,7 +111,7 @@ def export_merged(
     if target == Path(name).expanduser().resolve():
         raise ExportError(f"{folder} is the base model's own folder; give another.")
     options = {"revision": None if base else values.get("revision"), **_head_size(values, tensors)}
-    model = _load_base(name, values, wanted, options).to(device)
+    model = _load_base(name, values, wanted, options, tensors).to(device)
     was_quantised = bool(getattr(model.config, "quantization_config", None))
     merged, layers = _merged(model, source, tensors, peft_type, name)
     if wanted is not None:
@@ -135,8 +137,14 @@ def _mergeable(peft_type: str, source: Path) -> str:
 # -- the base -----------------------------------------------------------------------------------------------------
 
 
-def _load_base(name: str, values: dict[str, Any], wanted: torch.dtype | None, options: dict[str, Any]) -> nn.Module:
-    """The base in the wider of its own dtype and ``wanted``; in its own for a sparse adapter, which knows its bytes."""
+def _load_base(
+    name: str,
+    values: dict[str, Any],
+    wanted: torch.dtype | None,
+    options: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> nn.Module:
+    """The base in the wider of its own dtype and ``wanted``; for a sparse adapter in the one it was trained on."""
     from transformers import AutoConfig
 
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
@@ -155,11 +163,32 @@ def _load_base(name: str, values: dict[str, Any], wanted: torch.dtype | None, op
     try:
         model = model_class.from_pretrained(name, **options, dtype="auto")
         widest = None if wanted is None else torch.promote_types(model.dtype, wanted)
-        if widest not in (None, model.dtype) and values["peft_type"] != SPARSE and not quantised:
+        if values["peft_type"] == SPARSE:
+            widest = _trained_dtype(model, tensors)
+        if widest not in (None, model.dtype) and not quantised:
             model = model_class.from_pretrained(name, **options, dtype=widest)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ExportError(f"base model {name} does not load: {_first_line(error)}") from error
     return model.eval()
+
+
+def _trained_dtype(model: Any, tensors: dict[str, Tensor]) -> torch.dtype | None:
+    """The dtype in which a sparse adapter met the base's weights, by the fingerprint of one of them.
+
+    A checkpoint that is stored in fp32 is often trained in bf16. None where no dtype gives the adapter's bytes: loading
+    it will say what does not fit.
+    """
+    marks = {k: v for k, v in tensors.items() if k.endswith(".princsparse_delta.base")}
+    for key, mark in marks.items():
+        try:
+            weight = model.get_submodule(key.removeprefix(PREFIX).removesuffix(".princsparse_delta.base")).weight.data
+        except AttributeError:
+            return None
+        for dtype in dict.fromkeys((model.dtype, torch.bfloat16, torch.float16, torch.float32)):
+            if torch.equal(fingerprint(weight.to(dtype)), mark.cpu()):
+                return dtype
+        return None
+    return None
 
 
 def _head_size(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, int]:

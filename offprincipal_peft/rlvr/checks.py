@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ def check_trials() -> Callable[[TrialConfig], None]:
         return text not in seen and not seen.add(text)  # type: ignore[func-returns-value]
 
     def check(config: TrialConfig) -> None:
+        if once("packages"):
+            check_packages()
         build_config(config)
         sizes = {split: getattr(config, f"{split}_items") for split in ("train", "validation", "test")}
         if once("task", config.task, sizes, config.task_options):
@@ -33,3 +36,17 @@ def check_trials() -> Callable[[TrialConfig], None]:
             load_tokenizer(config.model)
 
     return check
+
+
+# What a trial imports from its start to its last evaluation: (module, distribution).
+_NEEDED = (("trl", "trl"), ("datasets", "datasets"), ("scipy", "scipy"))
+
+
+def check_packages() -> None:
+    """Raises ``TaskError`` for packages that a trial would only miss after training."""
+    missing = [name for module, name in _NEEDED if importlib.util.find_spec(module) is None]
+    if missing:
+        raise TaskError(
+            f"trials need {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            "pip install 'offprincipal-peft[compare]'"
+        )

@@ -16,6 +16,7 @@ from transformers import (
 
 from interop.exporting import CONFIG, TENSORS, distance, load_base, save_base, saved, tensors, trained
 from lifecycle import IDS, config, logits, train
+from offprincipal_peft import MaskedAdamW
 from offprincipal_peft.interop import ExportError, export_merged
 from quantized import quantized
 from sparse_models import sparse_config, sparse_layers, train_masked
@@ -83,6 +84,17 @@ def test_a_sparse_adapter_gives_its_weights_bit_for_bit(tmp_path, family, precis
     changed = {f"{name}.weight" for name in sparse_layers(host)}
     old = weights(base)
     assert all(torch.equal(v, old[k]) for k, v in weights(tmp_path / "x").items() if k not in changed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "split"])
+def test_a_sparse_adapter_finds_the_dtype_that_its_base_was_trained_in(base, tmp_path, precision):
+    """A checkpoint stored in fp32, loaded in bf16 for training, as TRL does by default."""
+    in_bf16 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    host = get_peft_model(in_bf16, sparse_config(precision=precision))
+    train(host, 1, by=MaskedAdamW([p for p in host.parameters() if p.requires_grad], lr=1e-2))
+    done = export_merged(saved(host, tmp_path / "a"), tmp_path / "x", base=base)
+    assert done.dtype == torch.bfloat16
+    assert torch.equal(logits(load_base(tmp_path / "x")), logits(host))
 
 
 def test_a_sparse_adapter_refuses_a_base_with_other_bytes(base, tmp_path):

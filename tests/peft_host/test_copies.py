@@ -72,13 +72,13 @@ def test_a_config_copies_pickles_and_makes_the_same_adapter(key):
 
 
 @by_method
-def test_a_config_is_not_changed_by_its_use(key):
+def test_of_a_config_only_the_targets_are_filled_in(key):
+    """PEFT writes the layers it found; used again, our configs start from what was asked for."""
     config = COLUMNS[key].config()
     before = copy.deepcopy(config.to_dict())
     get_peft_model(tiny(), config)
     after = config.to_dict()
-    if key == "lora":  # which writes the layers it found into the config
-        before.pop("target_modules"), after.pop("target_modules")
+    assert before.pop("target_modules") and after.pop("target_modules")
     assert after == before
 
 

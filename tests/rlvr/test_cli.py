@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from offprincipal_peft import cli
+from offprincipal_peft.rlvr import checks
 from offprincipal_peft.rlvr.methods import METHODS
 from tiny_models import save_tiny_model
 
@@ -121,3 +122,19 @@ def test_the_installed_command_has_help():
         [sys.executable, "-m", "offprincipal_peft.cli", "compare", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "--methods" in done.stdout and "--ray" in done.stdout
+
+
+def test_a_package_that_only_the_evaluation_needs_is_missed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = checks.importlib.util.find_spec
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "scipy" else real(name))
+    assert cli.main(["compare", "--methods", "lora", "--out", str(tmp_path / "run")]) == cli.MISTAKE
+    assert "scipy, which is not installed: pip install 'offprincipal-peft[compare]'" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("trials/*.json"))
+
+
+def test_options_are_not_guessed_from_their_beginnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--method", "lora", "--out", str(tmp_path)])
+    assert "unrecognized arguments: --method" in capsys.readouterr().err

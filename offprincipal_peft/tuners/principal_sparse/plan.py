@@ -129,7 +129,7 @@ def read_plan(
 def other_base(where: str) -> str:
     return (
         f"{where}: the mask was made for a base weight with other bytes. An adapter belongs to the exact weights "
-        "it was trained on, in their dtype: load the same base model in the same dtype, without merged adapters. "
+        "it was trained on: load the same base model in the same dtype and quantisation, without merged adapters. "
         "Nothing was changed."
     )
 
