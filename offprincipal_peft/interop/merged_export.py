@@ -14,9 +14,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..geometry.mask_storage import fingerprint
 from ..tuners.offprincipal_lora.config import PEFT_TYPE_NAME as OFF_PRINCIPAL
 from ..tuners.principal_sparse.config import PEFT_TYPE_NAME as SPARSE
+from ..tuners.principal_sparse.plan import trained_dtype
 from .adapter_source import PREFIX
 from .folders import (
     ExportError,
@@ -184,10 +184,7 @@ def _trained_dtype(model: Any, tensors: dict[str, Tensor]) -> torch.dtype | None
             weight = model.get_submodule(key.removeprefix(PREFIX).removesuffix(".princsparse_delta.base")).weight.data
         except AttributeError:
             return None
-        for dtype in dict.fromkeys((model.dtype, torch.bfloat16, torch.float16, torch.float32)):
-            if torch.equal(fingerprint(weight.to(dtype)), mark.cpu()):
-                return dtype
-        return None
+        return trained_dtype(weight, mark)
     return None
 
 

@@ -72,6 +72,7 @@ def matched_targets(
         )
         if matched:
             _check_parent(parents, key)
+            _check_head(config, key)
             targets[key] = module
     if from_checkpoint is None:
         _check_every_entry_matches(config, seen, targets, model)
@@ -104,6 +105,15 @@ def _check_parent(modules: dict[str, nn.Module], key: str) -> None:
         raise ValueError(
             f"{key} lies in a torch.nn.{type(parent).__name__}, which reads its layers' weights directly and would "
             "bypass an adapter; list it in exclude_modules."
+        )
+
+
+def _check_head(config: Any, key: str) -> None:
+    """PEFT would notice after adapters were added, and name neither."""
+    if config.task_type in ("TOKEN_CLS", "QUESTION_ANS") and key.rsplit(".", 1)[-1] in _HEADS[config.task_type]:
+        raise ValueError(
+            f"{key} is trained and saved whole for task_type={config.task_type!r} and cannot carry an adapter as well; "
+            "leave it out of target_modules."
         )
 
 

@@ -330,6 +330,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         """``base(x) + dW x``: what a quantised base allows. Zero updates leave the base's output as it is."""
         self.ensure_started(adapter)
         delta = self.delta(adapter)
+        delta.bind()
         result = self._base(x)
         return result + packed_delta_linear(x, delta.weight, delta.layout).to(result.dtype)
 

@@ -48,7 +48,13 @@ class PackedDelta(nn.Module, PackedMaster):
         return self.plan.layout
 
     def bind(self) -> None:
-        """Make this module known for its parameter, which is lost where a model or a parameter was copied."""
+        """Make this module known for its parameter, which is lost where a model or a parameter was copied.
+
+        An fp32 update that someone cast (TRL does, to bf16, on quantised bases) becomes fp32 again: in bf16 it would
+        stop at 2^-9 of its size under small steps.
+        """
+        if self.precision == "fp32" and self.weight.dtype != self.kept_dtype:
+            self.weight.data = self.weight.data.to(self.kept_dtype)
         if self.precision != "fp32":
             register_master(self.weight, self)
             self.weight.grad_dtype = torch.float32  # gradients keep their precision though the parameter is bf16

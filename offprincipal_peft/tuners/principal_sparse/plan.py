@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...geometry.mask_storage import pack_units, unpack_units
+from ...geometry.mask_storage import fingerprint, pack_units, unpack_units
 from ...geometry.masks import BLOCK, MatchReport, OverlapReport, build_mask
 from ...kernels import Layout, layout_of
 from ..base_weight import float_weight, identity
@@ -88,6 +88,7 @@ def read_plan(
     *,
     transposed: bool,
     where: str,
+    hint: str = "",
 ) -> tuple[MaskPlan, Tensor]:
     """The mask and values of a saved adapter. Raises ``ValueError`` for whatever does not belong together.
 
@@ -100,6 +101,7 @@ def read_plan(
         values_dtype: of the values this adapter stores.
         transposed: whether the weight is stored (d_in, d_out).
         where: layer and adapter, for messages.
+        hint: what a base with other bytes might be, for the message.
     """
     key = "master" if config.precision == "split" else "weight"
     missing = sorted({key, "entries", "base"} - set(stored))
@@ -109,7 +111,7 @@ def read_plan(
             f"{', '.join(sorted(stored))}). Masks travel with an adapter and are never regenerated."
         )
     if not torch.equal(stored["base"].cpu(), base):
-        raise ValueError(other_base(where))
+        raise ValueError(other_base(where, hint))
     shape = (stored_shape[1], stored_shape[0]) if transposed else stored_shape
     try:
         units = unpack_units(stored["entries"], unit_shape(shape, config.structure))
@@ -126,12 +128,20 @@ def read_plan(
     return plan, values
 
 
-def other_base(where: str) -> str:
+def other_base(where: str, hint: str = "") -> str:
     return (
         f"{where}: the mask was made for a base weight with other bytes. An adapter belongs to the exact weights "
         "it was trained on: load the same base model in the same dtype and quantisation, without merged adapters. "
-        "Nothing was changed."
+        f"{hint}Nothing was changed."
     )
+
+
+def trained_dtype(weight: Tensor, mark: Tensor) -> torch.dtype | None:
+    """The dtype in which a plain weight, as it is stored, has the identity ``mark``."""
+    for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16, torch.float32)):
+        if torch.equal(fingerprint(weight.to(dtype)), mark.cpu()):
+            return dtype
+    return None
 
 
 def no_values(where: str) -> str:

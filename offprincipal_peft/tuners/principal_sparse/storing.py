@@ -12,7 +12,7 @@ from ..base_weight import identity, quantization, undo_packing
 from ..pending import PendingStarts
 from .config import PrincipalSparseConfig
 from .packed import PackedDelta
-from .plan import MaskPlan, no_values, other_base, read_plan
+from .plan import MaskPlan, no_values, other_base, read_plan, trained_dtype
 
 Vetted = dict[str, tuple[Tensor, MaskPlan, Tensor]]
 
@@ -83,9 +83,18 @@ class StoredAdapters(nn.Module):
             self.delta(adapter).stored_dtype,
             transposed=self.transposed,
             where=f"{self.name}, adapter {adapter!r}",
+            hint=self._dtype_hint(stored.get("base"), base),
         )
         self._vetted[adapter] = (stored["entries"], plan, values)
         return plan, values
+
+    def _dtype_hint(self, mark: Tensor | None, base: Tensor) -> str:
+        """What to do where the base's weight in another dtype is the one that the mask was made for."""
+        if mark is None or torch.equal(mark.cpu(), base) or quantization(self.get_base_layer()):
+            return ""
+        weight = self.stored_matrix()
+        dtype = trained_dtype(weight, mark)
+        return "" if dtype is None else f"This one is {weight.dtype}; it was trained on it in {dtype}: load it so. "
 
     def forget_vetted(self) -> None:
         self._vetted.clear()
