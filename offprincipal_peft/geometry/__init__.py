@@ -1,5 +1,19 @@
 """Pure functions on tensors: spectra and bases, subspaces, masks, what training changed. Imports torch, never peft."""
 
+from .bounds import (
+    Bound,
+    HalfUlp,
+    KyFanBounds,
+    PairSpectra,
+    WedinBounds,
+    half_ulp,
+    ky_fan,
+    mirsky,
+    pair_spectra,
+    realisation_threshold,
+    wedin,
+    weyl,
+)
 from .drift import (
     Agreement,
     Consensus,
@@ -20,6 +34,7 @@ from .drift import (
     spectral_shift,
     stable_rank,
 )
+from .leash import FisherNorm, fisher_bound, fisher_norm, kl_leash, tilted_policy, weight_bound
 from .masks import lowest_mask
 from .precision import count_changed, exceeds_half_ulp, ulp, unchanged, update_sparsity, visible
 from .spectrum import (
@@ -45,13 +60,19 @@ from .subspace import (
 
 __all__ = [
     "Agreement",
+    "Bound",
     "Consensus",
     "EnergyShares",
+    "FisherNorm",
+    "HalfUlp",
+    "KyFanBounds",
     "Leak",
     "Overlap",
+    "PairSpectra",
     "Report",
     "SpectralShift",
     "Triplets",
+    "WedinBounds",
     "WeightSpectrum",
     "bottom_basis",
     "column_update_ratios",
@@ -63,26 +84,38 @@ __all__ = [
     "exceeds_half_ulp",
     "factored_energy_shares",
     "factored_leak",
+    "fisher_bound",
+    "fisher_norm",
+    "half_ulp",
     "head_boundaries",
     "jaccard",
     "jaccard_baseline",
+    "kl_leash",
+    "ky_fan",
     "leak",
     "lowest_mask",
     "max_spectral_shift",
+    "mirsky",
     "normalized_spectral_shift",
     "null_basis",
     "overlap",
+    "pair_spectra",
     "principal_angles",
     "project_off",
     "projector",
+    "realisation_threshold",
     "row_update_ratios",
     "singular_values",
     "smooth",
     "spectral_shift",
     "stable_rank",
+    "tilted_policy",
     "top_basis",
     "ulp",
     "unchanged",
     "update_sparsity",
     "visible",
+    "wedin",
+    "weight_bound",
+    "weyl",
 ]
