@@ -6,7 +6,7 @@ Importing this package registers its methods with PEFT, so that ``get_peft_model
 
 from typing import Any
 
-from . import geometry
+from . import audit, geometry
 from .kernels import MaskedAdamW
 from .tuners import OffPrincipalLoraConfig, PrincipalSparseConfig
 
@@ -17,6 +17,7 @@ __all__ = [
     "OffPrincipalLoraConfig",
     "PrincipalSparseConfig",
     "__version__",
+    "audit",
     "geometry",
 ]
 

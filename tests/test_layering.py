@@ -32,10 +32,11 @@ BELOW: dict[str, set[str]] = {
 ONLY: dict[str, set[str]] = {
     "geometry": {"torch", "einops", "safetensors"},
     "kernels": {"torch"},
+    "audit": {"torch", "safetensors", "matplotlib"},
 }
 # layer -> packages that it may not import
 NEVER: dict[str, set[str]] = {
-    "audit": {"peft", "trl"},
+    "audit": {"peft", "transformers", "trl"},
     "tuners": {"trl", "ray"},
 }
 MOST_FILE_LINES = 400
@@ -217,6 +218,12 @@ FORBIDDEN = {
     "einops in kernels": ("kernels/a.py", "import einops\n", "not einops"),
     "triton": ("kernels/a.py", "try:\n    import triton\nexcept ImportError:\n    pass\n", "not triton"),
     "peft in audit": ("audit/a.py", "import peft.utils\n", "audit must not import peft"),
+    "transformers in audit": (
+        "audit/a.py",
+        "def f():\n    from transformers import AutoModel\n",
+        "audit must not import transformers",
+    ),
+    "numpy in audit": ("audit/a.py", "import numpy\n", "not numpy"),
     "trl in tuners": ("tuners/a.py", "import trl\n", "tuners must not import trl"),
     "unknown layer": ("utils/a.py", "x = 1\n", "utils is no known layer"),
     "unknown module": ("misc.py", "x = 1\n", "misc is no known layer"),

@@ -1,5 +1,6 @@
 """Pure functions on tensors: spectra and bases, subspaces, masks, what training changed. Imports torch, never peft."""
 
+from .attention_layout import AttentionLayout, find_layouts
 from .bounds import (
     Bound,
     HalfUlp,
@@ -34,9 +35,11 @@ from .drift import (
     spectral_shift,
     stable_rank,
 )
+from .interventions import Intervention, apply_interventions, permute_heads, rotate
 from .leash import FisherNorm, fisher_bound, fisher_norm, kl_leash, tilted_policy, weight_bound
 from .masks import lowest_mask
 from .precision import count_changed, exceeds_half_ulp, ulp, unchanged, update_sparsity, visible
+from .rotations import haar_rotation, hadamard_rotation
 from .spectrum import (
     Report,
     Triplets,
@@ -60,11 +63,13 @@ from .subspace import (
 
 __all__ = [
     "Agreement",
+    "AttentionLayout",
     "Bound",
     "Consensus",
     "EnergyShares",
     "FisherNorm",
     "HalfUlp",
+    "Intervention",
     "KyFanBounds",
     "Leak",
     "Overlap",
@@ -74,6 +79,7 @@ __all__ = [
     "Triplets",
     "WedinBounds",
     "WeightSpectrum",
+    "apply_interventions",
     "bottom_basis",
     "column_update_ratios",
     "consensus",
@@ -84,8 +90,11 @@ __all__ = [
     "exceeds_half_ulp",
     "factored_energy_shares",
     "factored_leak",
+    "find_layouts",
     "fisher_bound",
     "fisher_norm",
+    "haar_rotation",
+    "hadamard_rotation",
     "half_ulp",
     "head_boundaries",
     "jaccard",
@@ -100,10 +109,12 @@ __all__ = [
     "null_basis",
     "overlap",
     "pair_spectra",
+    "permute_heads",
     "principal_angles",
     "project_off",
     "projector",
     "realisation_threshold",
+    "rotate",
     "row_update_ratios",
     "singular_values",
     "smooth",

@@ -1,0 +1,365 @@
+"""Which tensors of two or more checkpoints are the same weight, why the others are not, and both sides block by block.
+
+*Dtypes.* Tensors that are stored in different floating dtypes are kept, with a note. Two comparisons, two rules. What
+is *stored* (bf16 visibility, sparsity) is compared in the coarsest dtype among them, the one with the largest eps:
+the finer file is rounded to it first, or the rounding that a save did would count as training. *Geometry* (norms,
+angles, spectra of the difference) takes the stored values as they are, in fp32: there the coarser file's rounding is
+part of the difference, which the note says.
+
+*Names.* One rename for a whole checkpoint, the one under which most tensors of equal shape meet; two renames that do
+equally well and differ are refused. Nothing is matched by resemblance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Checkpoint
+from .headers import CheckpointError, TensorInfo
+
+# What wrappers put before names: torch.compile, DDP and FSDP, PEFT, and the model class around its backbone.
+PREFIXES = ("_orig_mod.", "module.", "base_model.model.", "model.")
+# Names' ends of output heads and of the embeddings that they can share memory with.
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_projection.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
+# What quantisation stores beside a weight: bitsandbytes 4 and 8 bit, GPTQ and AWQ, compressed-tensors and fp8.
+_COMPANIONS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".SCB",
+    ".scales",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_scale_2",
+    ".input_scale",
+)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PACKED = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2")  # what quantised weights are stored as
+_COMPARED = 4 << 20  # bytes at a time where two tensors' contents are compared
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The prefixes that the base's and the tuned checkpoint's names lose to become equal; empty: none."""
+
+    base: str = ""
+    tuned: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{side} names without {prefix!r}" for side, prefix in vars(self).items() if prefix]
+        return ", ".join(parts) or "names as they are"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that is not compared. ``name``: as in the checkpoint that holds it, the first of them."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One weight in every checkpoint, base first.
+
+    Attributes:
+        infos: one for each checkpoint, each with its own name and dtype and all with the same shape.
+        common: the coarsest of the dtypes, in which stored values are compared.
+        note: what to know of a comparison between dtypes; empty where all are the same.
+    """
+
+    infos: tuple[TensorInfo, ...]
+    common: torch.dtype
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The base's name of it."""
+        return self.infos[0].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.infos[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all checkpoints together."""
+        return sum(info.nbytes for info in self.infos)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What :func:`pair` found. ``matched`` is in the order of the base's files; ``renames`` has one for each tuned."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    matched: tuple[Matched, ...]
+    skipped: list[Skipped] = field(default_factory=list)
+    renames: tuple[Rename, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that :func:`iterate` reads."""
+        return sum(match.nbytes for match in self.matched)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows (or, with ``flat``, entries) ``start`` to ``stop`` of one weight in every checkpoint, base first.
+
+    The tensors own their memory and have the dtypes they are stored in.
+    """
+
+    match: Matched
+    start: int
+    stop: int
+    tensors: tuple[Tensor, ...]
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """All in the common dtype: for questions about what is stored."""
+        return tuple(tensor.to(self.match.common) for tensor in self.tensors)
+
+    def fp32(self) -> tuple[Tensor, ...]:
+        """All in fp32, the values as they are: for geometry."""
+        return tuple(tensor.float() for tensor in self.tensors)
+
+
+def pair(base: Checkpoint, *tuned: Checkpoint) -> Pairing:
+    """Match the tensors of ``tuned`` to those of ``base``; every other tensor is in ``skipped`` with its reason.
+
+    A tensor is matched where all hold it, with one shape and in bf16, fp16, fp32 or fp64. Headers are enough for that;
+    contents are read only of an output head or embedding that one side lacks, to see whether it was a tied copy.
+
+    Raises:
+        CheckpointError: no tuned checkpoint; nothing can be compared; two renames fit a checkpoint equally well.
+    """
+    if not tuned:
+        raise CheckpointError("pair needs a base and at least one tuned checkpoint to compare with it.")
+    sides = (base, *tuned)
+    labels = ["base", *(["tuned"] if len(tuned) == 1 else [f"tuned {i}" for i in range(1, len(sides))])]
+    found = [_find_rename(base, side, label) for side, label in zip(tuned, labels[1:], strict=True)]
+    matched, skipped = [], []
+    for name in base.tensors:
+        names = [name, *(mapping.get(name) for _, mapping in found)]
+        infos = [side.tensors[own] if own else None for side, own in zip(sides, names, strict=True)]
+        if reason := _fault(name, infos, sides, labels):
+            skipped.append(Skipped(name, reason))
+        else:
+            matched.append(_match(tuple(info for info in infos if info), labels))
+    for side, label, (_, mapping) in zip(tuned, labels[1:], found, strict=True):
+        known = set(mapping.values())
+        for name, info in side.tensors.items():
+            if name not in known:
+                reason = _stored_fault(info, side, label) or _absence(side, info, label, base, "base")
+                skipped.append(Skipped(name, reason))
+    if not matched:
+        why = "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:3])
+        raise CheckpointError(f"no tensor of {base.path} can be compared with its namesake: {why}.")
+    return Pairing(sides, tuple(matched), skipped, tuple(rename for rename, _ in found))
+
+
+def iterate(
+    pairing: Pairing,
+    rows: int | None = None,
+    *,
+    block_bytes: int | None = None,
+    flat: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Block]:
+    """Every matched weight in the order of the base's files, in blocks that are read as they are asked for.
+
+    Args:
+        rows: at most so many rows (with ``flat`` entries) a block. Without it and ``block_bytes``: whole tensors.
+        block_bytes: at most so many bytes a block, all checkpoints together, but at least one row; with ``flat`` one
+            entry, so that the bound holds for every shape.
+        flat: blocks of 1-D entries in row-major order instead of rows. A scalar is always one block, whole.
+        progress: called after each block was used, with the bytes done and the bytes in all.
+    """
+    for what, value in (("rows", rows), ("block_bytes", block_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what} must be positive, got {value}")
+    total, done = pairing.nbytes, 0
+    for match in pairing.matched:
+        length = match.infos[0].numel if flat else (match.shape or (1,))[0]
+        unit = max(1, match.nbytes // length) if length else 1  # bytes of one row or entry in all checkpoints
+        step = max(1, min(rows or length, block_bytes // unit if block_bytes else length))
+        for start in range(0, length, step) or (0,):  # an empty tensor is one empty block
+            stop = min(start + step, length)
+            tensors = tuple(
+                _read(side, info, start, stop, flat)
+                for side, info in zip(pairing.checkpoints, match.infos, strict=True)
+            )
+            block = Block(match, start, stop, tensors)
+            del tensors
+            yield block
+            done += sum(tensor.nbytes for tensor in block.tensors)
+            del block  # or the next one would be read while this one is still held
+            if progress is not None:
+                progress(done, total)
+
+
+def _read(side: Checkpoint, info: TensorInfo, start: int, stop: int, flat: bool) -> Tensor:
+    if flat:
+        return side.read_entries(info.name, start, stop)
+    return side.read_rows(info.name, start, stop) if info.shape else side.read(info.name)
+
+
+# ---- why a tensor is not compared
+
+
+def _fault(name: str, infos: list[TensorInfo | None], sides: tuple[Checkpoint, ...], labels: list[str]) -> str | None:
+    """Why the tensor that the base calls ``name`` cannot be compared; None where it can."""
+    reasons = []
+    for info, side, label in zip(infos, sides, labels, strict=True):
+        if info is not None and (reason := _stored_fault(info, side, label)):
+            reasons.append(reason)
+    base = infos[0]
+    assert base is not None
+    for info, side, label in zip(infos[1:], sides[1:], labels[1:], strict=True):
+        if info is None:
+            reasons.append(_absence(sides[0], base, "base", side, label))
+        elif not reasons and info.shape != base.shape:
+            reasons.append(f"shape {base.shape} in base and {info.shape} in {label}")
+    return "; ".join(reasons) or None
+
+
+def _stored_fault(info: TensorInfo, side: Checkpoint, label: str) -> str | None:
+    """Why the values as ``side`` stores them are no weights that can be compared."""
+    if info.dtype in _FLOATS:
+        owner = _owner(info.name, side.tensors)
+        return f"quantised: belongs to {owner} in {label}" if owner else None
+    by = side.config.quantized_by if info.stored in _PACKED else None
+    if by or info.stored.startswith(("F8", "F6", "F4")) or _has_companion(info.name, side.tensors):
+        return f"quantised{f' by {by}' if by else ''}: stored as {info.stored} in {label}"
+    return f"holds {info.stored} values in {label}, which are no floating-point weights"
+
+
+def _owner(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The quantised tensor that ``name`` holds scales or a code book of."""
+    for ending in _COMPANIONS:
+        if name.endswith(ending):
+            stem = name.removesuffix(ending)
+            for owner in (stem, f"{stem}.weight", f"{stem}.qweight", f"{stem}.weight_packed"):
+                if owner in tensors and tensors[owner].dtype not in _FLOATS:
+                    return owner
+    return None
+
+
+def _has_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    module = name.rpartition(".")[0]
+    return any(stem + ending in tensors for ending in _COMPANIONS for stem in (name, module))
+
+
+def _absence(holder: Checkpoint, info: TensorInfo, label: str, other: Checkpoint, other_label: str) -> str:
+    """Why ``other`` lacks a tensor that ``holder`` has: tied away, quantised under another name, or just missing."""
+    absent = f"missing in {other_label}"
+    for ends, partners in ((_HEADS, _EMBEDDINGS), (_EMBEDDINGS, _HEADS)):
+        if _ends(info.name, ends):
+            for twin in holder.tensors.values():
+                if _ends(twin.name, partners) and (twin.shape, twin.stored) == (info.shape, info.stored):
+                    if _same_content(holder, info.name, twin.name):
+                        return f"tied: the same content as {twin.name} in {label}, and {absent}"
+                    tie = "whose config.json ties" if other.config.tie_word_embeddings else "which may tie"
+                    return f"{absent}, {tie} it to {twin.name}; in {label} their contents differ, so it is untied there"
+    stem = info.name.removesuffix(".weight")
+    for ending in (".qweight", ".weight_packed"):
+        packed = other.tensors.get(stem + ending)
+        if packed is not None and packed.dtype not in _FLOATS:
+            return f"quantised: {other_label} holds {packed.name} ({packed.stored}) in its place"
+    return absent
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+
+
+def _same_content(side: Checkpoint, first: str, second: str) -> bool:
+    info = side.tensors[first]
+    if info.dtype is None:
+        return False
+    step = _COMPARED // info.dtype.itemsize
+    for start in range(0, info.numel, step):
+        stop = min(start + step, info.numel)
+        a, b = (side.read_entries(name, start, stop).view(torch.uint8) for name in (first, second))
+        if not torch.equal(a, b):
+            return False
+    return True
+
+
+def _match(infos: tuple[TensorInfo, ...], labels: list[str]) -> Matched:
+    dtypes = [info.dtype for info in infos if info.dtype is not None]
+    common = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    if len(set(dtypes)) == 1:
+        return Matched(infos, common)
+    stored = ", ".join(f"{info.stored} in {label}" for info, label in zip(infos, labels, strict=True))
+    name = str(common).removeprefix("torch.")
+    note = f"{stored}: stored values are compared in {name}; in fp32 the rounding to {name} is part of the difference"
+    return Matched(infos, common, note)
+
+
+# ---- names
+
+
+def _find_rename(base: Checkpoint, tuned: Checkpoint, label: str) -> tuple[Rename, dict[str, str]]:
+    """The rename under which most tensors meet, and base name -> tuned name under it."""
+    best: list[tuple[Rename, dict[str, str]]] = []
+    most = (0, 0)
+    for rename in sorted(
+        (Rename(b, t) for b in _chains(base.tensors) for t in _chains(tuned.tensors)),
+        key=lambda rename: len(rename.base) + len(rename.tuned),
+    ):
+        mapping = _meet(base.tensors, tuned.tensors, rename)
+        alike = sum(base.tensors[name].shape == tuned.tensors[own].shape for name, own in mapping.items())
+        score = (alike, len(mapping))
+        if score > most:
+            best, most = [], score
+        if score == most and all(mapping != other for _, other in best):
+            best.append((rename, mapping))
+    if not best or not most[1]:
+        raise CheckpointError(
+            f"no tensor of {tuned.path} ({label}) has the name of one in {base.path}, nor without the prefixes "
+            f"{', '.join(PREFIXES)}. {label.capitalize()} holds {_first(tuned)}; base holds {_first(base)}. "
+            "Both must be checkpoints of one model, with one naming."
+        )
+    if len(best) > 1 and best[0][0] != Rename():
+        raise CheckpointError(
+            f"{tuned.path} ({label}) fits {base.path} in two ways that differ, {most[0]} tensors each: "
+            f"{best[0][0]}; or {best[1][0]}. Save it with the base's names."
+        )
+    return best[0]
+
+
+def _chains(names: Mapping[str, TensorInfo]) -> list[str]:
+    """Every run of known prefixes that some name begins with, the empty one first."""
+    found = [""]
+    for chain in found:  # it grows while it is walked
+        found += [
+            chain + prefix
+            for prefix in PREFIXES
+            if chain + prefix not in found and any(name.startswith(chain + prefix) for name in names)
+        ]
+    return found
+
+
+def _meet(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], rename: Rename) -> dict[str, str]:
+    """Base name -> tuned name where they are equal without the prefixes; empty where a name would stand twice."""
+    bare_base = {name.removeprefix(rename.base): name for name in base}
+    bare_tuned = {name.removeprefix(rename.tuned): name for name in tuned}
+    if len(bare_base) != len(base) or len(bare_tuned) != len(tuned):
+        return {}
+    return {name: bare_tuned[bare] for bare, name in bare_base.items() if bare in bare_tuned}
+
+
+def _first(side: Checkpoint) -> str:
+    return ", ".join(list(side.tensors)[:3])
