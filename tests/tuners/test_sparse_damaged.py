@@ -147,7 +147,7 @@ def flip_a_bit(base) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_another_base_is_refused(folders, way):
     refuse_load(way, folders["bits"], ValueError, rf"{WHERE}.*other bytes.*load the same base", damage=flip_a_bit)
-    other_dtype = r"layers\.0\.self_attn\.q_proj.*other bytes.*in their dtype"
+    other_dtype = r"layers\.0\.self_attn\.q_proj.*other bytes.*in the same dtype"
     refuse_load(way, folders["bits"], ValueError, other_dtype, dtype=torch.bfloat16)
     base = tiny(dtype=torch.float32)
     WAYS[way](base, folders["bits"])  # the right one
