@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,19 +27,27 @@ _HEADS = {
 _SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def fresh_targets(config: Any) -> Any:
-    """The config as it was asked for, to be used for one more model or adapter.
+@contextmanager
+def targets_filled_in(tuner: BaseTuner, adapter_name: str) -> Iterator[Any]:
+    """The config of an adapter about to be injected; PEFT writes the layers it finds into its ``target_modules``.
 
-    PEFT writes the layers it finds into the caller's object, which stays in the model (its task models add to it
-    afterwards). One that was used before is copied, with the targets that were asked for: "all-linear" of a Llama are
-    not those of a GPT-2.
+    The object stays the caller's, which PEFT's task models add to afterwards. One that was used before is copied, with
+    the targets that were asked for: "all-linear" of a Llama are not those of a GPT-2. An injection that fails leaves it
+    as it was.
     """
+    config: Any = tuner.peft_config[adapter_name]
     asked, found = getattr(config, "_targets", (None, None))
-    if found is None or config.target_modules != found:
-        return config
-    config = copy.copy(config)
-    config.target_modules = asked
-    return config
+    if found is not None and config.target_modules == found:
+        config = copy.copy(config)
+        config.target_modules = asked
+        tuner.peft_config[adapter_name] = config
+    asked = config.target_modules
+    try:
+        yield config
+    except BaseException:
+        config.target_modules = asked
+        raise
+    config._targets = (asked, config.target_modules)
 
 
 def matched_targets(
@@ -88,7 +98,7 @@ def _tell_of_experts(model: nn.Module) -> None:
         for name, module in model.named_modules()
         if not isinstance(module, _ConvNd)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
+        if parameter.dim() == 3 and min(parameter.shape) > 1  # not a position embedding (1, n, d)
     }
     if experts:
         share = sum(experts.values()) / sum(p.numel() for p in model.parameters())

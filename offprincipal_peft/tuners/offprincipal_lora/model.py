@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base_weight import finish_merge, float_dtype, float_weight, model_dtype, weight_shape
 from ..pending import PendingStarts, built_empty
-from ..targets import check_supported, fresh_targets, matched_targets
+from ..targets import check_supported, matched_targets, targets_filled_in
 from ..transformers_loading import expect_nothing, expect_values
 from .config import OffPrincipalLoraConfig
 from .inits import LayerStart, StartRequest, check_request, compute_start, needs_decomposition
@@ -57,18 +57,13 @@ class OffPrincipalLoraModel(LoraModel):
             self._requests: dict[str, StartRequest] = {}
             self._starts: dict[str, LayerStart] = {}
             self._pending: dict[str, PendingStarts] = {}
-        config = self.peft_config[adapter_name] = fresh_targets(self.peft_config[adapter_name])
-        asked = config.target_modules
         try:
-            config = self._prepare_adapter_config(config, self.get_model_config(model))
-            self._plan(config, adapter_name, model, low_cpu_mem_usage, state_dict)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except BaseException:
-            config.target_modules = asked
-            raise
+            with targets_filled_in(self, adapter_name) as config:
+                self._prepare_adapter_config(config, self.get_model_config(model))
+                self._plan(config, adapter_name, model, low_cpu_mem_usage, state_dict)
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._requests, self._starts = {}, {}
-        config._targets = (asked, config.target_modules)
 
     def _plan(
         self,

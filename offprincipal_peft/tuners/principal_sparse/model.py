@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...geometry.masks import MatchReport, OverlapReport, needs_spectrum
 from ..base_weight import finish_merge, model_dtype, quantization
 from ..pending import PendingStarts, built_empty
-from ..targets import check_supported, fresh_targets, matched_targets
+from ..targets import check_supported, matched_targets, targets_filled_in
 from ..transformers_loading import expect_nothing, expect_values
 from .config import PrincipalSparseConfig
 from .layer import PrincipalSparseLinear
@@ -75,18 +75,13 @@ class PrincipalSparseModel(BaseTuner):
             self._plans: dict[str, MaskPlan] = {}
             self._given_plans: dict[str, MaskPlan] | None = None
             self._pending: dict[str, PendingStarts] = {}
-        config = self.peft_config[adapter_name] = fresh_targets(self.peft_config[adapter_name])
-        asked = config.target_modules
         try:
-            config = self._prepare_adapter_config(config, self.get_model_config(model))
-            self._plan(config, adapter_name, model, low_cpu_mem_usage, state_dict)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except BaseException:
-            config.target_modules = asked
-            raise
+            with targets_filled_in(self, adapter_name) as config:
+                self._prepare_adapter_config(config, self.get_model_config(model))
+                self._plan(config, adapter_name, model, low_cpu_mem_usage, state_dict)
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._plans = {}
-        config._targets = (asked, config.target_modules)
 
     def _plan(
         self,
