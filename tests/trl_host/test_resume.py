@@ -15,8 +15,14 @@ from lifecycle import trainable
 from offprincipal_peft import MaskedAdamW
 from sparse_models import no_new_mask, sparse_config
 from trainers import CASES, TRAINERS, Case, adapter_state, assert_same_state, each, optimizer_state, pretrained, sft
+from versions import older_than
 
-KINDS = ["sft", "grpo"]
+# GRPO keeps a ready model's start as a second adapter, "ref", and a checkpoint of two adapters has "default" in the
+# folder itself, where Trainers before transformers 5.23 do not look: every method's policy starts anew, LoRA's too.
+two_adapters = pytest.mark.xfail(
+    older_than("transformers", "5.23"), reason="this Trainer resumes 'ref' alone, not 'default'", strict=True
+)
+KINDS = ["sft", pytest.param("grpo", marks=two_adapters)]
 
 
 def trainer_for(kind: str, case: Case, model: Any, folder: Path, **options: Any) -> Trainer:
@@ -78,6 +84,7 @@ def test_the_loaded_checkpoint_is_resumed(case: Case, tmp_path: Path) -> None:
     assert_same_result(got, want)
 
 
+@two_adapters
 @each(CASES)
 def test_the_reference_is_resumed_too(case: Case, tmp_path: Path) -> None:
     """With a ready model the checkpoint holds two adapters; the reference is the first start, not the checkpoint's."""
