@@ -1,5 +1,5 @@
-"""``offprincipal``: compare adapters under reinforcement learning, sweep over their options, report what came out, and
-export a trained one for use elsewhere.
+"""``offprincipal``: compare adapters under reinforcement learning, sweep over their options, report what came out,
+audit what any training did to a model's weights, and export a trained adapter for use elsewhere.
 
 Exit codes: 0 done, 1 some trials failed, 2 a mistake in the command or its files, 130 interrupted.
 """
@@ -15,15 +15,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DONE, SOME_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+from .commands import DONE, INTERRUPTED, MISTAKE, SOME_FAILED, Refused, audit, words
+
 DEFAULT_METHODS = ["lora", "pissa", "offprincipal", "safe"]
-EPILOG = """examples:
+EPILOG = r"""examples:
   offprincipal methods
   offprincipal compare --out runs/first
   offprincipal compare --methods lora,rlpo,offprincipal --rates 1e-4,3e-4 --seeds 0,1,2 --out runs/rates
   offprincipal compare --model Qwen/Qwen2.5-1.5B --task reasoning-gym:leg_counting --dtype bfloat16 --out runs/legs
   offprincipal sweep study.yaml --out runs/study --ray auto
   offprincipal report runs/study
+  offprincipal audit base-model tuned-model --html audit.html
+  offprincipal audit base-model my-adapter other-adapter --layers 'layers\.(0|13)\.' --json audit.json
   offprincipal export my-adapter my-lora
   offprincipal export my-adapter my-model --as merged --dtype bfloat16"""
 
@@ -47,17 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _expected(error: Exception) -> bool:
     """A mistake of the caller's, which its message explains: no traceback."""
+    from .audit import AuditError, CheckpointError
+    from .audit.storing import AuditFormatError
     from .interop import ExportError
     from .rlvr.records import RecordError
     from .rlvr.report import ReportError
     from .rlvr.sweep_folder import SweepError
     from .rlvr.sweep_yaml import SpecError
 
-    return isinstance(error, (ExportError, RecordError, ReportError, SweepError, SpecError, Refused))
-
-
-class Refused(ValueError):
-    """A command line that cannot be carried out."""
+    return isinstance(
+        error,
+        (
+            AuditError,
+            AuditFormatError,
+            CheckpointError,
+            ExportError,
+            RecordError,
+            ReportError,
+            SweepError,
+            SpecError,
+            Refused,
+        ),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="train several methods alike and compare them", formatter_class=formatter, allow_abbrev=False
     )
-    compare.add_argument("--methods", type=_names, default=DEFAULT_METHODS, metavar="A,B", help="names or config files")
+    compare.add_argument("--methods", type=words, default=DEFAULT_METHODS, metavar="A,B", help="names or config files")
     compare.add_argument(
         "--rates", type=_numbers, metavar="X,Y", help="learning rates of every method; its own by default"
     )
@@ -98,6 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path)
     report.set_defaults(run=_report)
 
+    audit.add_options(
+        commands.add_parser(
+            "audit",
+            help="what training did to a model's weights, from two or more checkpoints",
+            description="Compare the weights of checkpoints as they lie on disk: folders, .safetensors files, and "
+            "adapter folders, which are merged into BASE one layer at a time.",
+            allow_abbrev=False,
+        )
+    )
     _export_options(
         commands.add_parser(
             "export", help="write a saved adapter as a plain LoRA or a merged model", allow_abbrev=False
@@ -266,16 +289,12 @@ def _methods(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in _names(text)]
+    return [float(part) for part in words(text)]
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in _names(text)]
+    return [int(part) for part in words(text)]
 
 
 def _setting(text: str) -> tuple[str, Any]:

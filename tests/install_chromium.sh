@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Debian's chromium, with which tests/rlvr/test_report_browser.py looks at reports. Safe to run again.
+# Installs Debian's chromium, with which tests (tests/browser.py) look at pages. Safe to run again.
 set -euo pipefail
 
 if command -v chromium >/dev/null; then

@@ -1,6 +1,6 @@
 """Imports run downward only, and files and functions stay short.
 
-geometry ← kernels ← tuners ← interop, rlvr ← cli; audit stands on geometry alone. The check reads the
+geometry ← kernels ← tuners ← interop, rlvr ← cli; audit stands on geometry and html alone. The check reads the
 source and runs none of it, so imports inside functions and under TYPE_CHECKING count as well.
 """
 
@@ -19,20 +19,23 @@ PUBLIC = "__init__"
 
 # layer -> the other layers that it may import
 BELOW: dict[str, set[str]] = {
+    "html": set(),
     "geometry": set(),
     "kernels": {"geometry"},
-    "audit": {"geometry"},
+    "audit": {"geometry", "html"},
     "tuners": {"geometry", "kernels"},
-    "interop": {"geometry", "kernels", "tuners"},
-    "rlvr": {"geometry", "kernels", "tuners", "audit"},
+    "interop": {"geometry", "kernels", "tuners", "audit"},
+    "rlvr": {"geometry", "kernels", "tuners", "audit", "html"},
     PUBLIC: {"geometry", "kernels", "tuners", "audit", "interop", "rlvr"},
-    "cli": {"geometry", "kernels", "tuners", "audit", "interop", "rlvr", PUBLIC},
+    "commands": {"geometry", "html", "kernels", "tuners", "audit", "interop", "rlvr", PUBLIC},
+    "cli": {"geometry", "html", "kernels", "tuners", "audit", "interop", "rlvr", "commands", PUBLIC},
 }
 # layer -> the only packages that it may import beside the standard library
 ONLY: dict[str, set[str]] = {
+    "html": set(),
     "geometry": {"torch", "einops", "safetensors"},
     "kernels": {"torch"},
-    "audit": {"torch", "safetensors", "matplotlib"},
+    "audit": {"torch"},
 }
 # layer -> packages that it may not import
 NEVER: dict[str, set[str]] = {
@@ -108,7 +111,8 @@ def import_fault(layer: str, target: tuple[str, ...]) -> str | None:
     if top in NEVER.get(layer, set()):
         return f"{layer} must not import {top}"
     if layer in ONLY and top not in ONLY[layer] | sys.stdlib_module_names:
-        return f"{layer} may import only {', '.join(sorted(ONLY[layer]))}, not {top}"
+        allowed = ", ".join(sorted(ONLY[layer])) or "the standard library"
+        return f"{layer} may import only {allowed}, not {top}"
     return None
 
 
@@ -168,7 +172,10 @@ SOUND = {
     "tuners/lora/config.py": "import peft\nfrom ...geometry.masks import g\n",
     "tuners/lora/layer.py": "from ... import kernels\nfrom . import config\n",
     "interop/export.py": "from offprincipal_peft.tuners import x\n",
-    "audit/report.py": "import matplotlib\nfrom offprincipal_peft.geometry import masks\n",
+    "html/charts.py": "import html\nfrom zlib import compress\n",
+    "html/page.py": "from .charts import x\n",
+    "audit/page.py": "from ..html import charts\nfrom .report import x\n",
+    "audit/report.py": "import torch\nfrom offprincipal_peft.geometry import masks\n",
     "rlvr/trial.py": "import trl\nfrom ..tuners.lora import layer\n",
     "cli.py": "from . import audit, interop, rlvr\nfrom offprincipal_peft import __version__\n",
 }
@@ -209,9 +216,12 @@ UPWARD = {
     ),
     "sideways": ("interop/a.py", "from ..rlvr import x\n", "interop imports rlvr"),
     "audit on tuners": ("audit/a.py", "from ..tuners import x\n", "audit imports tuners"),
+    "html on geometry": ("html/a.py", "from ..geometry import x\n", "html imports geometry"),
+    "geometry on html": ("geometry/a.py", "from ..html import charts\n", "geometry imports html"),
     "init on cli": ("__init__.py", "from .cli import main\n", "__init__ imports cli"),
 }
 FORBIDDEN = {
+    "torch in html": ("html/a.py", "import torch\n", "only the standard library, not torch"),
     "peft": ("geometry/a.py", "import peft\n", "not peft"),
     "transformers": ("geometry/a.py", "from transformers.utils import x\n", "not transformers"),
     "hidden peft": ("geometry/a.py", "def f():\n    from peft import LoraConfig\n", "not peft"),

@@ -3,11 +3,18 @@
 from .checkpoints import AdapterFolder, Checkpoint, ModelConfig, open_checkpoint
 from .headers import CheckpointError, TensorInfo
 from .pairing import Block, Matched, Pairing, Rename, Skipped, iterate, pair
+from .results import AuditReport, Change, Verdict, WeightAudit
+from .run import PROBES, AuditError, audit
 from .sparsity import Sparsity, TensorSparsity, bf16_sparsity
+from .storing import from_json, read_json_report, to_json, write_json
 
 __all__ = [
+    "PROBES",
     "AdapterFolder",
+    "AuditError",
+    "AuditReport",
     "Block",
+    "Change",
     "Checkpoint",
     "CheckpointError",
     "Matched",
@@ -18,8 +25,15 @@ __all__ = [
     "Sparsity",
     "TensorInfo",
     "TensorSparsity",
+    "Verdict",
+    "WeightAudit",
+    "audit",
     "bf16_sparsity",
+    "from_json",
     "iterate",
     "open_checkpoint",
     "pair",
+    "read_json_report",
+    "to_json",
+    "write_json",
 ]

@@ -12,7 +12,9 @@ equally well and differ are refused. Nothing is matched by resemblance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +26,8 @@ from .headers import CheckpointError, TensorInfo
 # What wrappers put before names: torch.compile, DDP and FSDP, PEFT, and the model class around its backbone.
 PREFIXES = ("_orig_mod.", "module.", "base_model.model.", "model.")
 # Names' ends of output heads and of the embeddings that they can share memory with.
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_projection.weight")
-_EMBEDDINGS = (
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_projection.weight")
+EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
     "word_embeddings.weight",
@@ -175,6 +177,7 @@ def iterate(
     *,
     block_bytes: int | None = None,
     flat: bool = False,
+    ahead: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Block]:
     """Every matched weight in the order of the base's files, in blocks that are read as they are asked for.
@@ -184,29 +187,53 @@ def iterate(
         block_bytes: at most so many bytes a block, all checkpoints together, but at least one row; with ``flat`` one
             entry, so that the bound holds for every shape.
         flat: blocks of 1-D entries in row-major order instead of rows. A scalar is always one block, whole.
+        ahead: read one block ahead in a thread, which holds twice the memory. Until the last block was taken nothing
+            else may read the checkpoints.
         progress: called after each block was used, with the bytes done and the bytes in all.
     """
     for what, value in (("rows", rows), ("block_bytes", block_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{what} must be positive, got {value}")
+    spans = _spans(pairing, rows, block_bytes, flat)
+    blocks = _ahead(pairing, spans, flat) if ahead else (_block(pairing, *span, flat) for span in spans)
     total, done = pairing.nbytes, 0
-    for match in pairing.matched:
-        length = match.infos[0].numel if flat else (match.shape or (1,))[0]
-        unit = max(1, match.nbytes // length) if length else 1  # bytes of one row or entry in all checkpoints
-        step = max(1, min(rows or length, block_bytes // unit if block_bytes else length))
-        for start in range(0, length, step) or (0,):  # an empty tensor is one empty block
-            stop = min(start + step, length)
-            tensors = tuple(
-                _read(side, info, start, stop, flat)
-                for side, info in zip(pairing.checkpoints, match.infos, strict=True)
-            )
-            block = Block(match, start, stop, tensors)
-            del tensors
+    with closing(blocks):
+        for block in blocks:
             yield block
             done += sum(tensor.nbytes for tensor in block.tensors)
             del block  # or the next one would be read while this one is still held
             if progress is not None:
                 progress(done, total)
+
+
+def _spans(
+    pairing: Pairing, rows: int | None, block_bytes: int | None, flat: bool
+) -> Iterator[tuple[Matched, int, int]]:
+    for match in pairing.matched:
+        length = match.infos[0].numel if flat else (match.shape or (1,))[0]
+        unit = max(1, match.nbytes // length) if length else 1  # bytes of one row or entry in all checkpoints
+        step = max(1, min(rows or length, block_bytes // unit if block_bytes else length))
+        for start in range(0, length, step) or (0,):  # an empty tensor is one empty block
+            yield match, start, min(start + step, length)
+
+
+def _ahead(pairing: Pairing, spans: Iterator[tuple[Matched, int, int]], flat: bool) -> Generator[Block]:
+    """The blocks, each read by another thread while the one before is in use."""
+    with ThreadPoolExecutor(1, "audit-reader") as reader:
+        coming = None
+        for span in spans:
+            block = coming.result() if coming is not None else None
+            coming = reader.submit(_block, pairing, *span, flat)
+            if block is not None:
+                yield block
+                del block
+        if coming is not None:
+            yield coming.result()
+
+
+def _block(pairing: Pairing, match: Matched, start: int, stop: int, flat: bool) -> Block:
+    sides = zip(pairing.checkpoints, match.infos, strict=True)
+    return Block(match, start, stop, tuple(_read(side, info, start, stop, flat) for side, info in sides))
 
 
 def _read(side: Checkpoint, info: TensorInfo, start: int, stop: int, flat: bool) -> Tensor:
@@ -264,7 +291,7 @@ def _has_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 def _absence(holder: Checkpoint, info: TensorInfo, label: str, other: Checkpoint, other_label: str) -> str:
     """Why ``other`` lacks a tensor that ``holder`` has: tied away, quantised under another name, or just missing."""
     absent = f"missing in {other_label}"
-    for ends, partners in ((_HEADS, _EMBEDDINGS), (_EMBEDDINGS, _HEADS)):
+    for ends, partners in ((HEADS, EMBEDDINGS), (EMBEDDINGS, HEADS)):
         if _ends(info.name, ends):
             for twin in holder.tensors.values():
                 if _ends(twin.name, partners) and (twin.shape, twin.stored) == (info.shape, info.stored):

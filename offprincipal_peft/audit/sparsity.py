@@ -90,7 +90,7 @@ def bf16_sparsity(
         ]
         pairing = pair(*sides)
         tallies = {match.name: _Tally(match) for match in pairing.matched}
-        for block in iterate(pairing, _ENTRIES, flat=True, progress=progress):
+        for block in iterate(pairing, _ENTRIES, flat=True, ahead=True, progress=progress):
             tallies[block.match.name].add(block)
         tensors = tuple(tally.result() for tally in tallies.values())
         return Sparsity(tensors, tuple(pairing.skipped), pairing.renames[0])

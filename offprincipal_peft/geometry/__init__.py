@@ -40,6 +40,7 @@ from .leash import FisherNorm, fisher_bound, fisher_norm, kl_leash, tilted_polic
 from .masks import lowest_mask
 from .precision import count_changed, exceeds_half_ulp, ulp, unchanged, update_sparsity, visible
 from .rotations import haar_rotation, hadamard_rotation
+from .spectral_change import SpectralBase, SpectralChange
 from .spectrum import (
     Report,
     Triplets,
@@ -75,6 +76,8 @@ __all__ = [
     "Overlap",
     "PairSpectra",
     "Report",
+    "SpectralBase",
+    "SpectralChange",
     "SpectralShift",
     "Triplets",
     "WedinBounds",

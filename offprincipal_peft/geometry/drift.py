@@ -235,11 +235,11 @@ def consensus(masks: Sequence[Tensor]) -> Consensus:  # n of bool, any shape and
         pairs=tuple(pairs),
         intersection=times == len(masks),
         frequencies=tuple(_count(times == count) for count in range(len(masks) + 1)),
-        baseline_frequencies=tuple(n * share for share in _independent_counts(densities)),
+        baseline_frequencies=tuple(n * share for share in independent_counts(densities)),
     )
 
 
-def _independent_counts(densities: Sequence[float]) -> list[float]:
+def independent_counts(densities: Sequence[float]) -> list[float]:
     """P(0), P(1), … P(n) of a sum of independent 0/1 draws with these probabilities."""
     shares = [1.0]
     for p in densities:

@@ -13,20 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .charts import escape
+from ..html.charts import escape
+from ..html.page import page
+from ..html.tables import Table, plain
 from .records import read_records
 from .report_data import Record, Study, build_studies, config_fields
 from .report_figures import layer_maps, overview, rate_sensitivity, reward_curves, trade_off
 from .report_findings import cautions, findings, progress
-from .report_page import page
 from .report_tables import (
-    Table,
     accuracy_table,
     cost_table,
     failed_table,
     level_table,
     movement_table,
-    plain,
     update_table,
 )
 from .report_tables import rate_table as rates_of

@@ -7,26 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .charts import Bar, Frame, Series, escape, forest, heatmap, layer_place, limits, lines, number, style
+from ..html.charts import Bar, Frame, Series, escape, forest, heatmap, layer_place, limits, lines, number, style
+from ..html.page import figure_html, legend
 from .report_data import Method, Study, curve, evaluations, figure, mean_curve
 from .statistics import mean_accuracy
 
 MOST_TOGETHER = 5  # more lines than this get a panel each
-
-
-def figure_html(title: str, text: str, body: str, kind: str = "") -> str:
-    """A titled figure with its explanation."""
-    return (
-        f'<figure class="{kind}"><figcaption><b>{escape(title)}</b> {escape(text)}</figcaption>{body}</figure>'
-        if body
-        else ""
-    )
-
-
-def legend(methods: Sequence[Method]) -> str:
-    """Names beside their colours."""
-    items = "".join(f'<li><i class="swatch {style(m.colour)}"></i>{escape(m.name)}</li>' for m in methods)
-    return f'<ul class="legend">{items}</ul>'
 
 
 def overview(study: Study) -> str:
@@ -164,7 +150,7 @@ def _together_or_apart(
     shown = [method for method in methods if method.name in present]
     if len(shown) <= MOST_TOGETHER and not apart:
         ends = ", ".join(f"{s.name} ends at {number(s.y[-1])}" for s in series[:MOST_TOGETHER])
-        return figure_html(title, text, lines(frame, series, ends) + legend(shown))
+        return figure_html(title, text, lines(frame, series, ends) + legend([(m.name, m.colour) for m in shown]))
     span = limits(frame, series)
     panels = []
     for method in shown:

@@ -1,58 +1,16 @@
-"""The report's tables, each made once and rendered both as HTML and as Markdown."""
+"""The report's tables."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from .charts import escape, number, style
+from ..html.charts import number
+from ..html.tables import NONE, Table, bytes_text, count_text, digits, per_cent
 from .report_data import LevelTable, Method, Study
 from .statistics import Interval, points
 
-NONE = "–"
 QUANTITY = {"kl": "KL from the untrained model, nats per token", "update_norm": "norm of the update ‖ΔW‖"}
-
-
-@dataclass
-class Table:
-    """Text in cells. ``colours`` holds each row's colour, or is empty where rows are no methods."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    colours: list[int] = field(default_factory=list)
-    note: str = ""
-
-    def html(self) -> str:
-        head = "".join(f'<th scope="col">{escape(text)}</th>' for text in self.header)
-        body = []
-        for i, (first, *rest) in enumerate(self.rows):
-            swatch = f'<i class="swatch {style(self.colours[i])}"></i>' if self.colours else ""
-            cells = "".join(f"<td>{escape(text)}</td>" for text in rest)
-            name = f"<span>{swatch}<span>{escape(first)}</span></span>"
-            kind = ' class="long"' if len(first) > 24 else ""
-            body.append(f'<tr><th scope="row"{kind}>{name}</th>{cells}</tr>')
-        note = f'<p class="small">{escape(self.note)}</p>' if self.note else ""
-        # Focusable, so that a keyboard can scroll what is wider than the page.
-        return (
-            f'<p class="caption" aria-hidden="true">{escape(self.caption)}</p>'
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(self.caption)}"><table>'
-            f"<caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div>{note}"
-        )
-
-    def markdown(self) -> str:
-        lines = [f"**{plain(self.caption)}**", "", f"| {' | '.join(map(plain, self.header))} |"]
-        lines.append("|---" * len(self.header) + "|")
-        lines += [f"| {' | '.join(map(plain, row))} |" for row in self.rows]
-        return "\n".join([*lines, "", plain(self.note)] if self.note else lines)
-
-
-def plain(text: str) -> str:
-    """Text that Markdown leaves as it is, on one line."""
-    return re.sub(r"([\\`*_|<>\[\]#~])", r"\\\1", " ".join(str(text).split()))
 
 
 def show(interval: Interval | None, form: Callable[[float], str], unit: str = "") -> str:
@@ -79,28 +37,6 @@ def measured(interval: Interval | None, factor: float = 1.0) -> str:
     decimals = (1 if half < 3.55 * 10.0**first else 0) - first
     decimals = min(4, max(0, decimals, -math.floor(math.log10(size))))
     return show(interval, lambda value: f"{factor * value:.{decimals}f}".replace("-", "−"))
-
-
-def per_cent(share: float) -> str:
-    return f"{100 * share:.1f}".replace("-", "−")
-
-
-def digits(value: float, count: int = 2) -> str:
-    """``count`` significant digits: 0.0123 → 0.012."""
-    return number(float(f"{value:.{count - 1}e}"))
-
-
-def bytes_text(value: float) -> str:
-    """In MB or GB (powers of ten)."""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def count_text(value: float) -> str:
-    """4884480 → 4.88 M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
 
 
 def accuracy_table(study: Study) -> Table:

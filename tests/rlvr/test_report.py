@@ -2,69 +2,23 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pages import Page
 from rlvr.records_sample import METHODS, failed_record, record, sweep, write
 
 pytest.importorskip("scipy")
 
-from offprincipal_peft.rlvr.charts import Bar, Frame, Scale, Series, forest, layer_place, lines, number
 from offprincipal_peft.rlvr.report import ReportError, build_report, write_report
 from offprincipal_peft.rlvr.report_data import build_studies
 from offprincipal_peft.rlvr.report_findings import cautions, findings
-from offprincipal_peft.rlvr.report_tables import bytes_text, count_text, measured, plain
+from offprincipal_peft.rlvr.report_tables import measured
 from offprincipal_peft.rlvr.statistics import Interval, paired_difference
 
-VOID = {"meta", "link", "br"}
 NOWHERE = Path("/nonexistent")
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and keeps the tables, ids and what might be loaded."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.outside: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "srcset", "action") and not (value or "").startswith(("#", "data:")):
-                self.outside.append(f"{tag} {name}={value}")
-            assert not name.startswith("on")
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            assert "url(" not in data and "@import" not in data
-            return
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
 
 
 def markdown_tables(text: str) -> list[list[list[str]]]:
@@ -263,38 +217,6 @@ def test_a_method_keeps_its_colour_everywhere() -> None:
     assert len(styles) == 20
 
 
-# -- charts -----------------------------------------------------------------------------------------------------------
-
-
-def test_scales_and_ticks() -> None:
-    scale = Scale(0.0, 10.0, 50.0, 150.0)
-    assert [scale(v) for v in (0.0, 5.0, 10.0)] == [50.0, 100.0, 150.0]
-    assert Scale(1.0, 100.0, 0.0, 2.0, log=True)(10.0) == pytest.approx(1.0)
-    for low, high in ((0.0, 1.0), (0.03, 0.47), (-3.0, 9.0), (1e-6, 3e-6), (5.0, 5000.0)):
-        ticks = Scale(low, high, 0.0, 1.0).ticks()
-        assert 3 <= len(ticks) <= 8 and all(low - 1e-9 <= t <= high + 1e-9 for t in ticks), (low, high, ticks)
-    whole = Scale(1.0, 3.0, 0.0, 1.0, whole=True).ticks()
-    assert whole == [1, 2, 3]
-    assert Scale(3e-5, 2e-3, 0.0, 1.0, log=True).ticks() == pytest.approx([5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3])
-    assert Scale(1e-9, 1e3, 0.0, 1.0, log=True).ticks(5)
-
-
-def test_chart_points_lie_where_the_data_are() -> None:
-    frame = Frame("t", "x", "y", limits=(0.0, 1.0, 0.0, 1.0))
-    drawn = lines(frame, [Series("a", 0, [0.0, 1.0], [0.0, 1.0])])
-    assert "M50.0 230.0L428.0 12.0" in drawn
-    with pytest.raises(ValueError, match="no points"):
-        lines(Frame("empty", "x", "y"), [])
-    assert "<circle" in lines(Frame("t", "x", "y"), [Series("alone", 0, [1.0], [2.0])])
-    assert "<script" not in forest("t", "x", [Bar("<script>", 0, 1.0)])
-
-
-def test_names_and_numbers_are_readable() -> None:
-    assert [number(v) for v in (0, 2e-4, -0.25, 123456.0, 0.1 + 0.2)] == ["0", "2e−4", "−0.25", "1.23e5", "0.3"]
-    assert layer_place("base_model.model.model.layers.3.mlp.up_proj") == ("up_proj", 3)
-    assert layer_place("transformer.h.11.attn.c_attn") == ("c_attn", 11) and layer_place("lm_head") is None
-    assert [count_text(v) for v in (950, 4_884_480, 1.5e9)] == ["950", "4.88 M", "1.5 B"]
-    assert [bytes_text(v) for v in (5.8e7, 1.45e9)] == ["58.0 MB", "1.45 GB"]
+def test_intervals_are_readable() -> None:
     assert measured(Interval(0.6969, 0.6724, 0.7214, 0.95, 3)) == "0.697 [0.672, 0.721]"
     assert measured(Interval(0.7, 0.7 - 1e-16, 0.7 + 1e-16, 0.95, 3)) == "0.7" and measured(None) == "–"
-    assert plain("a|b *c* <d>\n# e") == "a\\|b \\*c\\* \\<d\\> \\# e"

@@ -27,9 +27,12 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    faint: bool = False
+    faint: bool = False  # grey, behind the others
     dots: bool = False
     ring: int | None = None
+    pale: bool = False  # thin, in its own colour, behind the others
+    path: bool = True  # points are joined
+    hollow: bool = False  # rings for points
 
 
 @dataclass
@@ -82,6 +85,9 @@ class Frame:
     width: float = WIDTH
     limits: tuple[float, float, float, float] | None = None  # x low, x high, y low, y high; from the data otherwise
     x_ticks: Sequence[float] = field(default_factory=tuple)
+    log_y: bool = False  # every y must be positive
+    shade: float | None = None  # from this x on the ground is tinted
+    shade_label: str = ""
 
 
 def escape(text: object) -> str:
@@ -108,9 +114,12 @@ def style(colour: int) -> str:
 def lines(frame: Frame, series: Sequence[Series], describe: str = "") -> str:
     """A chart of lines with bands, as an ``<svg>`` element; ``describe`` is its text for who cannot see it."""
     x_low, x_high, y_low, y_high = frame.limits or limits(frame, series)
-    x = Scale(x_low, x_high, 50.0 if frame.width >= WIDTH else 40.0, frame.width - 12.0, frame.log_x, frame.whole_x)
-    y = Scale(y_low, y_high, frame.height - 40.0, 12.0)
-    parts = [_axes(frame, x, y)]
+    y = Scale(y_low, y_high, frame.height - 40.0, 12.0, frame.log_y)
+    longest = max((len(_tick(frame, value)) for value in _y_ticks(frame, y)), default=0)
+    # Room for what a phone enlarges; the label of the axis stands left of it.
+    left = max(50.0, 24 + 7.4 * longest) if frame.width >= WIDTH else max(40.0, 10 + 7.0 * longest)
+    x = Scale(x_low, x_high, left, frame.width - 12.0, frame.log_x, frame.whole_x)
+    parts = [_shade(frame, x, y), _axes(frame, x, y)]
     if frame.base is not None and y_low <= frame.base <= y_high:
         level = y(frame.base)
         parts.append(f'<line class="base" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{level:.1f}" y2="{level:.1f}"/>')
@@ -120,7 +129,7 @@ def lines(frame: Frame, series: Sequence[Series], describe: str = "") -> str:
                 f"{escape(frame.base_label)}</text>"
             )
     parts += [_band(s, x, y) for s in series if s.low is not None and s.high is not None]
-    parts += [_line(s, x, y) for s in sorted(series, key=lambda s: not s.faint)]
+    parts += [_line(s, x, y) for s in sorted(series, key=lambda s: not (s.faint or s.pale))]
     return svg(frame.width, frame.height, frame.title, describe, parts)
 
 
@@ -136,10 +145,12 @@ def limits(frame: Frame, series: Sequence[Series]) -> tuple[float, float, float,
     y_low, y_high = min(ys), max(ys)
     air = 0.06 * (y_high - y_low) or 0.05 * abs(y_high) or 0.05
     low = y_low if frame.y_from_zero and y_low >= 0 else y_low - air
+    high = min(y_high + air, 1.0) if frame.percent and y_high <= 1.0 else y_high + air  # no share is larger
+    span = (y_low / 1.3, y_high * 1.3) if frame.log_y else (low, high)
     x_low, x_high = min(xs), max(xs)
     if frame.log_x:
-        return x_low / 1.15, x_high * 1.15, low, y_high + air
-    return (x_low, x_high, low, y_high + air) if x_high > x_low else (x_low - 0.5, x_high + 0.5, low, y_high + air)
+        return x_low / 1.15, x_high * 1.15, *span
+    return (x_low, x_high, *span) if x_high > x_low else (x_low - 0.5, x_high + 0.5, *span)
 
 
 def svg(width: float, height: float, title: str, describe: str, parts: Sequence[str]) -> str:
@@ -154,13 +165,12 @@ def svg(width: float, height: float, title: str, describe: str, parts: Sequence[
 
 def _axes(frame: Frame, x: Scale, y: Scale) -> str:
     parts = []
-    small = frame.width < 300
-    for value in y.ticks(2 if small else 5):
+    for value in _y_ticks(frame, y):
         at = y(value)
         parts.append(f'<line class="grid" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        text = number(100 * value if frame.percent else value)
-        parts.append(f'<text x="{x.start - 6:.1f}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for value in frame.x_ticks or x.ticks(2 if small else 6):
+        place = f'x="{x.start - 6:.1f}" y="{at + 3.5:.1f}"'
+        parts.append(f'<text {place} text-anchor="end">{_tick(frame, value)}</text>')
+    for value in frame.x_ticks or x.ticks(2 if frame.width < 300 else 6):
         at = x(value)
         parts.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.start + 4:.1f}"/>')
         parts.append(f'<text x="{at:.1f}" y="{y.start + 16:.1f}" text-anchor="middle">{number(value)}</text>')
@@ -173,6 +183,25 @@ def _axes(frame: Frame, x: Scale, y: Scale) -> str:
         turned = f'transform="translate(11 {(y.start + y.end) / 2:.1f}) rotate(-90)"'
         parts.append(f'<text {turned} text-anchor="middle">{escape(frame.y_label)}</text>')
     return "".join(parts)
+
+
+def _y_ticks(frame: Frame, y: Scale) -> list[float]:
+    return y.ticks(2 if frame.width < 300 else 5)
+
+
+def _tick(frame: Frame, value: float) -> str:
+    return number(100 * value if frame.percent else value)
+
+
+def _shade(frame: Frame, x: Scale, y: Scale) -> str:
+    if frame.shade is None or frame.shade >= x.high:
+        return ""
+    left, top = x(max(frame.shade, x.low)), y.end
+    at = f'x="{x.end - 4:.1f}" y="{y.start - 7:.1f}" text-anchor="end"'
+    size = f'width="{x.end - left:.1f}" height="{y.start - top:.1f}"'
+    ground = f'<rect class="stripe" x="{left:.1f}" y="{top:.1f}" {size}/>'
+    fits = x.end - left > 7.4 * len(frame.shade_label) > 0
+    return ground + (f'<text class="note" {at}>{escape(frame.shade_label)}</text>' if fits else "")
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
@@ -188,13 +217,15 @@ def _band(series: Series, x: Scale, y: Scale) -> str:
 
 def _line(series: Series, x: Scale, y: Scale) -> str:
     points = [(x(a), y(b)) for a, b in zip(series.x, series.y, strict=True)]
-    kind = "line faint" if series.faint else "line"
+    kind = "line faint" if series.faint else "line pale" if series.pale else "line"
+    kind += " hollow" if series.hollow else ""
     parts = [f'<g class="{kind} {style(series.colour)}"><title>{escape(series.name)}</title>']
-    if len(points) > 1:
+    if len(points) > 1 and series.path:
         parts.append(f'<path d="{_path(points)}"/>')
-    if series.dots or len(points) == 1:
+    if series.dots or not series.path or len(points) == 1:
+        size = 3.6 if series.hollow else 2 if series.pale or not series.path else 3
         parts += [
-            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{escape(series.name)}: '
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{size}"><title>{escape(series.name)}: '
             f"{number(a)}, {number(b)}</title></circle>"
             for (px, py), a, b in zip(points, series.x, series.y, strict=True)
         ]

@@ -1,8 +1,10 @@
-"""The page around the report's parts: its CSS, for light and dark, wide and narrow, screen and paper."""
+"""The page around a report's parts: its CSS, for light and dark, wide and narrow, screen and paper."""
 
 from __future__ import annotations
 
-from .charts import escape
+from collections.abc import Sequence
+
+from .charts import escape, style
 
 _LIGHT = ("#2563eb", "#c2410c", "#15803d", "#9333ea", "#0e7490", "#dc2626", "#8a6100", "#db2777", "#52525b", "#4338ca")
 _DARK = ("#7aa7ff", "#ff9552", "#5fd38a", "#c99bff", "#4fd0e7", "#ff7b7b", "#e2b84a", "#ff8cc3", "#b4b4bd", "#a5a0ff")
@@ -35,6 +37,7 @@ margin:14px 0;padding:10px 16px}
 .pair>*{min-width:0;max-width:560px}
 figure{margin:18px 0;min-width:0;max-width:760px}
 figure.wide{max-width:none}
+figure.one{max-width:560px}
 figcaption{font-size:.88rem;color:var(--soft);margin:0 0 8px;line-height:1.4}
 figcaption b{color:var(--ink)}
 svg{display:block;width:100%;height:auto;overflow:visible}
@@ -50,8 +53,16 @@ svg .line circle{fill:var(--c)}
 svg .line circle.ring{fill:none;stroke:var(--c);stroke-width:1.6}
 svg .faint path{stroke:var(--soft);stroke-opacity:.25;stroke-width:1;stroke-dasharray:none}
 svg .faint circle{fill:none}
+svg .line.pale path{stroke-width:1;stroke-opacity:.45}
+svg .pale circle{fill-opacity:.55}
+svg .bar{fill:var(--c);fill-opacity:.75}
+svg image{image-rendering:pixelated}
+svg .head{stroke:var(--soft);stroke-width:.6;stroke-opacity:.75}
+svg .frame{fill:none;stroke:var(--rule);stroke-width:1}
+svg .profile{fill:none;stroke:var(--accent);stroke-width:1.2;stroke-linejoin:round}
 svg .mark path{stroke:var(--c);stroke-width:2;fill:none}
 svg .mark circle{fill:var(--c)}
+svg .hollow circle{fill:none;stroke:var(--c);stroke-width:1.5}
 svg .cell{fill:var(--cell)}
 svg .hot{fill:var(--hot)} svg .cold{fill:var(--cold)} svg .accent{fill:var(--accent)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:6px 0 0;padding:0;font-size:.85rem}
@@ -64,7 +75,7 @@ tbody th .swatch{align-self:flex-start;margin-top:.6em}
 .key i{display:inline-block;width:160px;height:10px;border-radius:3px}
 .key .shares{background:linear-gradient(to right,var(--cold),var(--cell),var(--hot))}
 .key .sizes{background:linear-gradient(to right,var(--cell),var(--accent))}
-.swatch.d1{border-top-style:dashed;border-radius:0}.swatch.d2{border-top-style:dotted;border-radius:0}
+.swatch.d1{border-top:3px dashed var(--c);width:22px;border-radius:0}.swatch.d2{border-top-style:dotted;border-radius:0}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:14px 22px}
 .maps{grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr))}
 .panels>div{min-width:0;max-width:380px}
@@ -81,6 +92,8 @@ th:first-child{text-align:left;position:sticky;left:0;background:var(--bg)}
 tbody th{font-weight:600}
 tbody th.long{min-width:130px;max-width:230px;white-space:normal}
 tbody th.long span{min-width:0;overflow-wrap:anywhere}
+table.dense th,table.dense td{padding:6px}
+table.dense thead th{min-width:44px}
 tbody tr:hover>*{background:var(--tint)}
 table.text th{text-align:left}
 table.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
@@ -119,3 +132,18 @@ def page(title: str, body: str) -> str:
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{css}</style></head>\n'
         f"<body><main>{body}</main></body></html>\n"
     )
+
+
+def figure_html(title: str, text: str, body: str, kind: str = "") -> str:
+    """A titled figure with its explanation."""
+    return (
+        f'<figure class="{kind}"><figcaption><b>{escape(title)}</b> {escape(text)}</figcaption>{body}</figure>'
+        if body
+        else ""
+    )
+
+
+def legend(items: Sequence[tuple[str, int]]) -> str:
+    """Names beside their colours."""
+    found = "".join(f'<li><i class="swatch {style(colour)}"></i>{escape(name)}</li>' for name, colour in items)
+    return f'<ul class="legend">{found}</ul>'

@@ -1,0 +1,92 @@
+"""``offprincipal audit``: what training did to a model's weights, from two or more checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from . import DONE, Refused, words
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    from ..audit import PROBES
+
+    parser.add_argument("base", type=Path, metavar="BASE", help="the model before training")
+    parser.add_argument("tuned", type=Path, nargs="+", metavar="TUNED", help="after training, or an adapter of BASE")
+    parser.add_argument("--probes", type=words, metavar="A,B", help=f"all by default: {', '.join(PROBES)}")
+    parser.add_argument(
+        "--layers", action="append", default=[], metavar="REGEX", help="only weights whose name has this; repeatable"
+    )
+    parser.add_argument(
+        "--rank",
+        type=_rank,
+        default=1 / 16,
+        metavar="K",
+        help="of the principal subspaces: K, or a fraction of min(shape)",
+    )
+    parser.add_argument("--mode", choices=["fast", "exact"], default="fast", help="exact: fp64 SVDs of both sides")
+    parser.add_argument("--device", default="cpu", metavar="X", help="to decompose on (default cpu)")
+    parser.add_argument("--principal-density", type=float, default=0.5, metavar="X", help="of the mask (default 0.5)")
+    parser.add_argument("--low-density", type=float, default=0.5859, metavar="X", help="of the mask (default 0.5859)")
+    parser.add_argument(
+        "--adapter-name", default="default", metavar="NAME", help="where an adapter folder holds several"
+    )
+    parser.add_argument("--per-layer", action="store_true", help="a row for each layer in the terminal's table too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..audit import AdapterFolder, audit, open_checkpoint
+    from ..audit.page import write_page
+    from ..audit.storing import write_json
+    from ..audit.terminal import terminal_report
+    from ..interop.audit_source import open_adapter
+
+    for path in (options.json, options.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise Refused(f"{path}: there is no folder {path.absolute().parent}")
+    with ExitStack() as stack:
+        base = stack.enter_context(open_checkpoint(options.base))
+        tuned = []
+        for path in options.tuned:
+            try:
+                side = open_checkpoint(path)
+            except AdapterFolder:
+                side = open_adapter(path, base, adapter_name=options.adapter_name)
+            tuned.append(stack.enter_context(side))
+        report = audit(
+            base,
+            *tuned,
+            probes=options.probes,
+            layers=options.layers,
+            rank=options.rank,
+            mode=options.mode,
+            device=options.device,
+            principal_density=options.principal_density,
+            low_density=options.low_density,
+            progress=_shown if sys.stderr.isatty() else None,
+        )
+    out = sys.stdout
+    print(terminal_report(report, color=out.isatty(), layers=options.per_layer, encoding=out.encoding or "ascii"))
+    for path, write in ((options.json, write_json), (options.html, write_page)):
+        if path is not None:
+            write(report, path)
+            print(f"\nwritten: {path}")
+    return DONE
+
+
+def _shown(done: int, total: int, name: str) -> None:
+    """One line that is written over."""
+    end = "\n" if done == total else ""
+    print(f"\r{100 * done // max(total, 1):3d} %  {name[:70]:70s}", end=end, file=sys.stderr, flush=True)
+
+
+def _rank(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
