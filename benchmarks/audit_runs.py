@@ -43,7 +43,7 @@ import torch
 import yaml
 from _common import environment, write_result
 
-from offprincipal_peft.audit import AdapterFolder, Checkpoint, audit, open_checkpoint
+from offprincipal_peft.audit import AdapterFolder, Checkpoint, audit, open_checkpoint, without_curves
 from offprincipal_peft.audit import write_json as write_report
 from offprincipal_peft.interop.audit_source import open_adapter
 from offprincipal_peft.rlvr.config import TrialConfig
@@ -211,7 +211,7 @@ def audit_all(study: dict[str, Any], folder: Path, out: Path) -> None:
         with contextlib.chdir(folder), contextlib.ExitStack() as stack:  # so that reports name no machine's paths
             tuned = [stack.enter_context(_opened(Path(name), base)) for name in names]
             report = audit(base, *tuned)
-        write_report(report, out / f"{group}.json")
+        write_report(without_curves(report), out / f"{group}.json")
         seconds[group] = report.seconds
         print(f"{group}: {report.seconds:.0f} s")
         for name, verdict in zip(names, report.verdicts, strict=True):

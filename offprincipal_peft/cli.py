@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader has what it wanted (… | head)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  flushed once more at exit
+        return DONE
     except Exception as error:
         if not _expected(error):
             raise
@@ -50,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _expected(error: Exception) -> bool:
     """A mistake of the caller's, which its message explains: no traceback."""
-    from .audit import AuditError, CheckpointError
-    from .audit.storing import AuditFormatError
+    from .audit import AuditError, AuditFormatError, CheckpointError
     from .interop import ExportError
     from .rlvr.records import RecordError
     from .rlvr.report import ReportError

@@ -6,12 +6,13 @@ from .pairing import Block, Matched, Pairing, Rename, Skipped, iterate, pair
 from .results import AuditReport, Change, Verdict, WeightAudit
 from .run import PROBES, AuditError, audit
 from .sparsity import Sparsity, TensorSparsity, bf16_sparsity
-from .storing import from_json, read_json_report, to_json, write_json
+from .storing import AuditFormatError, from_json, read_json_report, to_json, without_curves, write_json
 
 __all__ = [
     "PROBES",
     "AdapterFolder",
     "AuditError",
+    "AuditFormatError",
     "AuditReport",
     "Block",
     "Change",
@@ -35,5 +36,6 @@ __all__ = [
     "pair",
     "read_json_report",
     "to_json",
+    "without_curves",
     "write_json",
 ]

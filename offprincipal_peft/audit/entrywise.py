@@ -31,7 +31,7 @@ from .results import Magnitudes, Matched, Overlap, Share, Stripes
 from .tiles import Grid, Tile, run_means, tiles
 
 BINS = 64  # of |W0|
-PROFILE = 256  # means of a profile
+PROFILE = 128  # means of a profile
 
 
 @full_precision()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 FORMAT = "offprincipal-audit/1"
+COUNTED = "entries are counted only"  # how the note on a weight begins whose spectrum was not asked for
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Share:
 class Stripes:
     """Shares of changed entries by row or column. ``random_std``: of independent changes at the same density.
 
-    ``profile``: means over at most 256 runs of neighbours, in order. ``energy``: the coefficient of variation of the
+    ``profile``: means over at most 128 runs of neighbours, in order. ``energy``: the coefficient of variation of the
     rows' (columns') squared change, and ``random_energy`` that of the same entries in random places.
     """
 
@@ -84,7 +85,7 @@ class Spectrum:
     """Singular values before and after. ``shift``: NSS, ||s+ - s||_2 / ||s||_2; ``largest``: max |s+ - s|.
 
     ``change_norm``: ||dW||_2. ``stable_rank``: ||dW||_F^2 / ||dW||_2^2. ``error``: the stated error of ``shift``, 0 in
-    exact mode. ``before`` and ``shifts``: s and s+ - s, thinned to at most 256 values, at ``positions`` (from 0).
+    exact mode. ``before`` and ``shifts``: s and s+ - s, thinned to at most 128 values, at ``positions`` (from 0).
     """
 
     shift: float

@@ -19,9 +19,9 @@ from .counts import Counts, Entrywise, squared_norm
 from .entrywise import compare
 from .headers import CheckpointError
 from .pairing import Matched, Pairing, iterate, pair
-from .patterns import Patterns
+from .patterns import MOST, Patterns
 from .reference import Reference
-from .results import AuditReport, Change, Settings, Source, WeightAudit
+from .results import COUNTED, AuditReport, Change, Settings, Source, WeightAudit
 from .spectral import directions, spectral
 from .summary import fast_error, judge
 from .tiles import ENTRIES
@@ -137,6 +137,8 @@ def _checked(
         if probes is not None and "consensus" in chosen:
             raise AuditError("the probe 'consensus' compares tuned checkpoints with each other; give two or more")
         chosen = tuple(name for name in chosen if name != "consensus")
+    if count > MOST and "consensus" in chosen:
+        raise AuditError(f"the probe 'consensus' takes {MOST} tuned checkpoints at most, got {count}; leave it out")
     if not chosen:
         raise AuditError(f"no probe is left; the probes are {', '.join(PROBES)}")
     return chosen
@@ -152,6 +154,8 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _selected(pairing: Pairing, layers: Sequence[str]) -> list[Matched]:
+    if isinstance(layers, str):
+        raise AuditError(f"layers must be a sequence of regular expressions, got the string {layers!r}")
     if not layers:
         return list(pairing.matched)
     found: dict[str, Matched] = {}
@@ -222,10 +226,10 @@ class _Work:
     def _unfit(self, match: Matched) -> str:
         """Why only the entries of a tensor are counted; empty for a matrix."""
         if len(match.shape) != 2 or min(match.shape) < 2:
-            return f"entries are counted only: its shape {match.shape} is that of no matrix"
+            return f"{COUNTED}: its shape {match.shape} is that of no matrix"
         named = any(re.search(pattern, match.name) for pattern in self.settings.layers)
         if names.is_embedding(match.name) and not named:
-            return "entries are counted only: an embedding or output head (name it in layers to have it decomposed)"
+            return f"{COUNTED}: an embedding or output head (name it in layers to have it decomposed)"
         return ""
 
     def _patterns(self, match: Matched) -> Patterns | None:

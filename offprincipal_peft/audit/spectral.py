@@ -12,7 +12,7 @@ from torch import Tensor
 from ..geometry.spectral_change import SpectralBase, SpectralChange
 from .results import Angles, Inequality, Spectrum
 
-POINTS = 256  # of a spectrum's curve
+POINTS = 128  # of a spectrum's curve
 
 
 def directions(rank: int | float, shape: tuple[int, int]) -> int | None:
@@ -48,9 +48,14 @@ def _spectrum(found: SpectralChange, update_norm: float) -> Spectrum:
         stable_rank=(update_norm / found.norm) ** 2 if found.norm else 0.0,
         error=found.shift_error,
         positions=positions,
-        before=found.before[positions].tolist(),
-        shifts=shifts[positions].tolist(),
+        before=_rounded(found.before[positions]),
+        shifts=_rounded(shifts[positions]),
     )
+
+
+def _rounded(curve: Tensor) -> list[float]:
+    """To seven digits: what a plot shows, at half the length in a file."""
+    return [float(f"{value:.7g}") for value in curve.tolist()]
 
 
 def _angles(found: SpectralChange, k: int) -> Angles:
@@ -74,6 +79,7 @@ def _bounds(found: SpectralChange, k: int, update_norm: float) -> dict[str, Ineq
     before, after = found.before, found.after
     eps = torch.finfo(torch.float64).eps * len(before)
     error = found.shift_error * float(before.norm()) + eps * float(before[0])
+    error += 0.0 if found.route == "exact" else 0.005 * found.norm  # which is found from below
     drift = abs(float((after - before)[:k].sum()))
     return {
         "weyl": Inequality(found.largest, found.norm, error),

@@ -23,7 +23,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from .results import FORMAT, AuditReport
+from .results import FORMAT, AuditReport, Change
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -54,8 +54,34 @@ def from_json(data: Any) -> AuditReport:
     return report
 
 
+def without_curves(report: AuditReport) -> AuditReport:
+    """The report without its curves: no maps, profiles, spectra and magnitude bins, and of the angles the largest."""
+    weights = []
+    for weight in report.weights:
+        agreement = weight.agreement and dataclasses.replace(weight.agreement, map=None)
+        changes = [_without_curves(change) for change in weight.changes]
+        weights.append(dataclasses.replace(weight, changes=changes, agreement=agreement))
+    return dataclasses.replace(report, weights=weights)
+
+
+def _without_curves(change: Change) -> Change:
+    angles, spectrum = change.angles, change.spectrum
+    return dataclasses.replace(
+        change,
+        map=None,
+        magnitudes=None,
+        rows=change.rows and dataclasses.replace(change.rows, profile=[]),
+        columns=change.columns and dataclasses.replace(change.columns, profile=[]),
+        spectrum=spectrum and dataclasses.replace(spectrum, positions=[], before=[], shifts=[]),
+        angles=angles and dataclasses.replace(angles, output=angles.output[-1:], input=angles.input[-1:]),
+    )
+
+
 def write_json(report: AuditReport, path: str | Path) -> None:
-    """Write :func:`to_json` to ``path`` (UTF-8); an interrupted write leaves what stood there before."""
+    """Write :func:`to_json` to ``path`` (UTF-8); an interrupted write leaves what stood there before.
+
+    A large model's takes 20 MB and more; of :func:`without_curves`, a tenth.
+    """
     write_text(path, json.dumps(to_json(report), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 

@@ -18,6 +18,7 @@ from .results import AuditReport, Stripes, Verdict, WeightAudit
 DENSE, SPARSE = 0.2, 0.35  # shares of unchanged entries: at most, at least
 VISIBLE, INVISIBLE = 0.95, 0.05  # shares of the stored changes that bf16 shows
 PREFERS, AVOIDS = 1.5, 1 / 1.5  # the share in the principal subspaces over that of the same sizes with random signs
+SIGMAS = 3.0  # standard errors that a share or a rate must lie from its control
 MATCHED = 0.10  # relative difference of the matched rates from which magnitude does not explain an overlap
 DEPARTS = 0.10  # relative difference of an overlap from chance from which there is something to explain
 _ONE_SIDED = {"output": "left", "input": "right"}
@@ -29,13 +30,19 @@ def judge(report: AuditReport, tuned: int) -> Verdict:
     """The verdict on the ``tuned``-th tuned checkpoint (from 0)."""
     matrices = [weight for weight in report.weights if len(weight.shape) == 2 and not _is_streamed(weight)]
     row = total(report, tuned)
-    if not row.stored_changed:
+    if not row.stored_changed and not row.relative_norm:
         sentence = "No entry of any compared weight changed."
         return Verdict("none", "none", "unknown", "unknown", "unknown", [sentence])
+    direction, more = _direction(row, _freedom(report.weights, tuned))
+    if not row.stored_changed:
+        sentence = (
+            f"No stored entry changed: the weights differ by {row.relative_norm:.1e} of their norm, which is below "
+            "half a unit in the last place everywhere, and a bf16 copy of the model has none of it."
+        )
+        return Verdict("none", "none", direction, "unknown", "unknown", [sentence, *more, *_spectrum(row)])
     density, said = _density(row)
     visible, also = _visible(row)
     sentences = [said, *also]
-    direction, more = _direction(row)
     magnitude, control = _magnitude(row)
     stripes, lines = _stripes(matrices, tuned, row)
     return Verdict(
@@ -70,7 +77,19 @@ def _visible(row: Pooled) -> tuple[str, list[str]]:
     return word, [text]
 
 
-def _direction(row: Pooled) -> tuple[str, list[str]]:
+def _freedom(weights: Sequence[WeightAudit], tuned: int) -> float:
+    """About how many independent numbers the parts of all updates inside both subspaces are made of."""
+    found = 0.0
+    for weight in weights:
+        change = weight.changes[tuned]
+        if change.output is not None:
+            k = change.output.random * weight.shape[0]
+            rank = change.spectrum.stable_rank if change.spectrum is not None else k
+            found += k * min(k, max(rank, 1.0))
+    return found
+
+
+def _direction(row: Pooled, freedom: float) -> tuple[str, list[str]]:
     ratios = {
         side: share.value / share.sizes
         for side, share in row.shares.items()
@@ -82,7 +101,9 @@ def _direction(row: Pooled) -> tuple[str, list[str]]:
     share, found = row.shares[side], ratios[side]
     # An update off either side alone has nothing left on both: one-sided shares decide what is avoided.
     low = min(ratios.values())
-    word = "principal" if found >= PREFERS else "off-principal" if low <= AVOIDS else "no preference"
+    chance = math.exp(SIGMAS * math.sqrt(2 / max(freedom, 1e-9)))  # a share of few numbers varies by itself
+    prefers, avoids = max(PREFERS, chance), min(AVOIDS, 1 / chance)
+    word = "principal" if found >= prefers else "off-principal" if low <= avoids else "no preference"
     texts = {
         "principal": "Principal: the update prefers the principal subspaces, where",
         "off-principal": "Off-principal: the update avoids the principal subspaces, where",
@@ -106,7 +127,7 @@ def _magnitude(row: Pooled) -> tuple[str, list[str]]:
     small = (
         f"Changes fall on the smallest weights {low:.2f} times as often as chance has it. " if low is not None else ""
     )
-    certain = 0.0 if row.matched.error is None else 3 * row.matched.error
+    certain = 0.0 if row.matched.error is None else SIGMAS * row.matched.error
     said = (
         f"{small}Entries of the principal mask carry {raw:.2f} times their share of the changes; among entries of "
         f"equal magnitude they changed {matched:.2f} times as often as others"
@@ -164,17 +185,14 @@ def fast_error(weights: Sequence[WeightAudit], mode: str) -> str:
     again = [change.route for change in changes if change.route.startswith("exact")]
     parts = []
     if shifts:
-        worst = max(shifts, key=lambda s: s.error)
-        relative = max((s.error / s.shift for s in shifts if s.shift > 0), default=0.0)
-        parts.append(f"shifts by at most {worst.error:.0e} ({relative:.1g} of a shift)")
+        parts.append(f"NSS by at most {max(s.error for s in shifts):.0e}")
     if angles:
         parts.append(f"angles by at most {math.degrees(max(a.error for a in angles)):.0e} degrees")
-    more = (
-        f" {len(again)} of {len(changes)} weights were decomposed exactly, where that would have passed 1 %."
-        if again
-        else ""
+    more = f" {len(again)} of {len(changes)} weights passed neither and were decomposed exactly." if again else ""
+    return (
+        f"Fast mode: against exact SVDs it may be off in {', '.join(parts)}; each figure's own error is within 1 % of "
+        f"it, or within 1e-6 absolute.{more}"
     )
-    return f"Fast mode: against exact SVDs it may be off in {', in '.join(parts)}.{more}"
 
 
 def _percent(share: float) -> str:

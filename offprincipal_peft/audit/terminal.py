@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..html.tables import NONE
 from .pooling import Pooled, by_kind, by_layer, by_reason, labels, ratio, total
-from .results import AuditReport
+from .results import COUNTED, AuditReport
 from .tables import degrees_text, figure_text, share_text, times_text
 
 WIDTH = 100
@@ -120,7 +120,8 @@ def _text(report: AuditReport, writer: _Writer, layers: bool) -> str:
         blocks.append("\n".join(lines))
     if notes:
         blocks.append(writer.wrapped(". ".join(f"{name}: {note}" for name, note in notes.items()) + "."))
-    blocks += [part for part in (_skipped(report, writer), _closing(report, writer)) if part]
+    closing = (part(report, writer) for part in (_consensus, _skipped, _remarked, _closing))
+    blocks += [part for part in closing if part]
     return "\n\n".join(blocks)
 
 
@@ -187,6 +188,34 @@ def _skipped(report: AuditReport, writer: _Writer) -> str:
     for reason, names in by_reason(report.skipped):
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         lines.append(writer.wrapped(f"{len(names)}: {reason} ({shown})", "- "))
+    return "\n".join(lines)
+
+
+def _consensus(report: AuditReport, writer: _Writer) -> str:
+    """Whether the tuned checkpoints changed the same entries: the mean over weights, by their entries."""
+    found = [(weight.agreement, weight.entries) for weight in report.weights if weight.agreement is not None]
+    if not found:
+        return ""
+    entries = sum(size for _, size in found)
+    seen, chance = (sum(getattr(a, name) * size for a, size in found) / entries for name in ("jaccard", "baseline"))
+    return writer.wrapped(
+        f"Consensus of {len(report.sources) - 1} checkpoints: the Jaccard index of their changed entries is "
+        f"{seen:.3f}, that of independent changes {chance:.3f} (means over pairs and weights)."
+    )
+
+
+def _remarked(report: AuditReport, writer: _Writer) -> str:
+    """What is to be known of single weights, by what it is; that embeddings and norms are only counted goes unsaid."""
+    found = [(weight.name, note) for weight in report.weights for note in weight.notes if not note.startswith(COUNTED)]
+    for tuned, label in enumerate(labels(report)):
+        of = f"{label}: " if len(report.sources) > 2 else ""
+        found += [(weight.name, of + note) for weight in report.weights for note in weight.changes[tuned].notes]
+    if not found:
+        return ""
+    lines = [writer.bold("Notes")]
+    for note, names in by_reason(found):
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        lines.append(writer.wrapped(f"{len(names)}: {note} ({shown})", "- "))
     return "\n".join(lines)
 
 

@@ -44,11 +44,14 @@ def run(options: argparse.Namespace) -> int:
     from ..audit.page import write_page
     from ..audit.storing import write_json
     from ..audit.terminal import terminal_report
-    from ..interop.audit_source import open_adapter
 
     for path in (options.json, options.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise Refused(f"{path}: there is no folder {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise Refused(f"{path} is a folder; give a file's name")
+    if options.json is not None and options.html is not None and options.json.absolute() == options.html.absolute():
+        raise Refused(f"--json and --html would both write {options.json}; give each a file of its own")
     with ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(options.base))
         tuned = []
@@ -56,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
             try:
                 side = open_checkpoint(path)
             except AdapterFolder:
+                from ..interop.audit_source import open_adapter  # imports much that checkpoints do not need
+
                 side = open_adapter(path, base, adapter_name=options.adapter_name)
             tuned.append(stack.enter_context(side))
         report = audit(
@@ -74,7 +79,10 @@ def run(options: argparse.Namespace) -> int:
     print(terminal_report(report, color=out.isatty(), layers=options.per_layer, encoding=out.encoding or "ascii"))
     for path, write in ((options.json, write_json), (options.html, write_page)):
         if path is not None:
-            write(report, path)
+            try:
+                write(report, path)
+            except OSError as error:
+                raise Refused(f"{path} cannot be written: {error.strerror or error}") from error
             print(f"\nwritten: {path}")
     return DONE
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from .drift import max_spectral_shift, normalized_spectral_shift
-from .gram_change import CHUNK, change_norm, gram_change, gram_matrix, multiply, relative_size, row_chunks
+from .gram_change import change_norm, gram_change, gram_matrix, multiply, relative_size, row_chunks
 from .numerics import full_precision
+from .perturbation import leading, perturbed
 from .spectrum import Triplets, WeightSpectrum
 from .subspace import principal_angles
 
@@ -35,7 +36,6 @@ Method = Literal["fast", "exact"]
 
 MIXED = 0.02  # mean squared mixing of directions from which perturbation theory is given up
 SMALL = 1e-3  # ||dW|| / ||W|| up to which the Gram matrices' difference is multiplied out, and not subtracted
-ITERATIONS = 6  # of the part outside the leading block
 FAINT = 1e4  # squares below so many times the rounding of the Gram matrix are measured on the weights themselves,
 BOTTOM = 64  # on so many directions, of which the lower half counts
 RELATIVE, ABSOLUTE = 0.01, 1e-6  # the accepted errors of shifts and angles
@@ -188,6 +188,11 @@ class _Eigen:
         return self.squares.sqrt()
 
     @property
+    def is_faint(self) -> bool:
+        """Whether the smallest values are lost in the Gram matrix."""
+        return float(self.squares[-1]) <= FAINT * self.noise
+
+    @property
     def top(self) -> Triplets:
         k = self.long.shape[1]
         short, S = self.vectors[:, :k].contiguous(), self.values[:k].float()
@@ -209,85 +214,45 @@ def _fast_change(base: _Eigen, weight: Tensor, tuned: Tensor, k: int, seed: int)
     fresh = base.fresh * (2 * size if small else 1.0)
     rotated = base.vectors.T @ (update @ base.vectors)
     del update
-    mixing, squares = _perturbed(base.squares, rotated)
-    found = _leading(base.squares, rotated, k) if mixing <= MIXED else None
+    mixing, squares = perturbed(base.squares, rotated)
     route, last = "perturbation", None
+    if mixing > MIXED:
+        route, mixing = "rotated", 0.0
+    # Where the smallest values are faint as well as strongly mixed, their directions are needed: all of them.
+    found = leading(base.squares, rotated, k) if route == "perturbation" or not base.is_faint else None
     if found is None:
         route, mixing = "rotated", 0.0
-        squares, found, last = _decomposed(base, rotated, k)
+        squares, top, last = _decomposed(base, rotated, k)
+        step = 0.0
+    else:
+        top, step = found
+        if route == "rotated":
+            squares = torch.linalg.eigvalsh(_tuned_gram(base, rotated)).flip(0)
     before, after, measured = _measured_bottom(base, weight, tuned, rotated, squares, last)
     del rotated, last
-    output, into, lost = _angles(base, weight, tuned, *found, fresh)
+    output, into, lost = _angles(base, weight, tuned, top[:k], top[k:], fresh)
+    lost += 0.3 * step
     if base.wide:
         output, into = into, output
+    if not float(after[k - 1]) ** 2 > 100 * base.noise:
+        lost = math.inf  # the tuned weight has no k directions to speak of
     norm = change_norm(weight, tuned, base.wide, seed)
     shift_error = _shift_error(base, before, after, mixing, measured, norm, fresh)
     return SpectralChange(before, after, norm, output, into, route, shift_error, lost)
 
 
-def _decomposed(base: _Eigen, rotated: Tensor, k: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """All eigenvalues (n,), a basis of the top-k space in two parts, and the last directions (n, <= BOTTOM)."""
+def _tuned_gram(base: _Eigen, rotated: Tensor) -> Tensor:
+    """The tuned Gram matrix in the base's basis, fp64."""
     matrix = rotated.double()
     matrix.diagonal().add_(base.squares)
-    squares, vectors = torch.linalg.eigh(matrix)
+    return matrix
+
+
+def _decomposed(base: _Eigen, rotated: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All eigenvalues (n,), a basis (n, k) of the top-k space, and the last directions (n, <= BOTTOM)."""
+    squares, vectors = torch.linalg.eigh(_tuned_gram(base, rotated))
     X = vectors.flip(1)[:, :k].clone()
-    return squares.flip(0), (X[:k], X[k:]), vectors[:, : min(len(squares), BOTTOM)].flip(1).float()
-
-
-def _perturbed(squares: Tensor, rotated: Tensor) -> tuple[float, Tensor]:
-    """Mean squared mixing, and the eigenvalues of diag(squares) + rotated to second order, (n,) fp64.
-
-    Each pair of directions is solved as its own 2 x 2 problem, so that near-degenerate values repel as they should.
-    """
-    first = squares + rotated.diagonal().double()
-    shifts, mixing = torch.zeros_like(first), 0.0
-    n = len(first)
-    for rows in torch.arange(n, device=first.device).split(max(1, CHUNK // n)):
-        gaps = first[rows, None] - first[None, :]
-        couplings = rotated[rows].double()
-        couplings[torch.arange(len(rows)), rows] = 0.0
-        roots = torch.hypot(gaps, 2 * couplings)
-        # half of the pair's widening, away from the partner; 2 E^2 / (root + gap) without cancellation
-        shifts[rows] = (2 * couplings.square() / (roots + gaps.abs()).clamp_min_(1e-300) * gaps.sign()).sum(1)
-        mixing += float((couplings.square() / roots.square().clamp_min_(1e-300)).sum())
-    return mixing / n, first + shifts
-
-
-def _leading(squares: Tensor, rotated: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """A basis (k, k) and (n - k, k) fp64 of the top-k eigenspace of diag(squares) + rotated, in the base's basis.
-
-    The leading p directions are solved exactly with the others folded in to second order, and then the part outside
-    is iterated to self-consistency; None where that does not settle.
-    """
-    n = len(squares)
-    p = min(n, k + max(64, k))
-    inner = rotated[:p, :p].double()
-    inner.diagonal().add_(squares[:p])
-    if p == n:
-        return _split(torch.linalg.eigh(inner)[1].flip(1)[:, :k], k)
-    coupling = rotated[p:, :p].double()  # (n - p, p)
-    outer = squares[p:] + rotated.diagonal()[p:].double()
-    reference = float(squares[k - 1])
-    inner += coupling.T @ (coupling / (reference - outer)[:, None])
-    found, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-    found, C = found.flip(0)[:k], vectors.flip(1)[:, :k]
-    if not float(found[-1] - outer.max()) > 0:
-        return None
-    gaps = found[None, :] - outer[:, None]  # (n - p, k), positive
-    pull = coupling @ C
-    Z = pull / gaps
-    rest = rotated[p:, p:]
-    diagonal = rest.diagonal().double()[:, None]
-    for _ in range(ITERATIONS):
-        fresh = (pull + (rest @ Z.float()).double() - diagonal * Z) / gaps
-        moved, Z = float((fresh - Z).norm()), fresh
-        if moved <= 1e-4 * float(Z.norm()) + 1e-300:
-            return _split(torch.cat([C, Z]), k)
-    return None
-
-
-def _split(X: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return X[:k], X[k:]
+    return squares.flip(0), X, vectors[:, : min(len(squares), BOTTOM)].flip(1).float()
 
 
 def _angles(
@@ -314,7 +279,9 @@ def _angles(
     n = len(base.squares)
     gap = float(base.squares[k - 1] - base.squares[k]) if k < n else math.inf
     # The base's own vectors turn by noise / gap against their neighbours; of that, what the update changes again.
-    wobble = 4 * base.noise / gap if gap > 0 else math.inf
+    # The rounding is spread over all directions, so that one pair sees its share: 1 / sqrt(n), here with a factor.
+    share = min(1.0, 8 / math.sqrt(n))
+    wobble = 4 * share * base.noise / gap if gap > 0 else math.inf
     largest = max(float(long[-1]), float(short[-1]))
     rounding = fresh / gap if gap > 0 else math.inf
     floor = 2e-7 if fresh < base.fresh else 6e-7
@@ -341,7 +308,7 @@ def _measured_bottom(
     """
     before, after = base.values, squares.clamp_min(0.0).sqrt().sort(descending=True).values
     n = len(before)
-    if float(base.squares[-1]) > FAINT * base.noise:
+    if not base.is_faint:
         return before, after, 0
     size = min(n, BOTTOM)
     count = size // 2 if size < n else n

@@ -22,11 +22,11 @@ from ..audit.headers import CheckpointError, TensorInfo, read_header
 from ..tuners.offprincipal_lora.config import PEFT_TYPE_NAME as OFF_PRINCIPAL
 from ..tuners.principal_sparse.config import PEFT_TYPE_NAME as SPARSE
 from ..tuners.principal_sparse.layer import PrincipalSparseLinear
-from ..tuners.principal_sparse.plan import other_base, trained_dtype
+from ..tuners.principal_sparse.plan import trained_dtype
 from .adapter_skeleton import Skeleton, Unit, build_skeleton
 from .folders import ExportError, find_adapter, read_config, read_tensors
 from .layer_merge import merge_sparse, merge_unit
-from .merged_export import _TASK_CLASSES, _first_line, _head_size, _mergeable, _model_class
+from .merged_export import TASK_CLASSES, first_line, head_size, mergeable_type, model_class_of
 
 # Methods whose merge needs one layer, its base weight and its saved tensors; each was compared with PEFT's own merge.
 _WEIGHTS_ONLY = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "SHIRA", OFF_PRINCIPAL, SPARSE)
@@ -79,12 +79,12 @@ def open_adapter(
     try:
         source = find_adapter(Path(folder).expanduser(), adapter_name)
         values = read_config(source)
-        _mergeable(values["peft_type"], source)
+        mergeable_type(values["peft_type"], source)
         tensors = read_tensors(source)  # mapped: not in memory yet
     except ExportError as error:
         raise CheckpointError(str(error)) from error
     _check_method(values, source)
-    if False:
+    if opened.config.quantized_by:
         raise CheckpointError(
             f"{opened.path} is stored quantised ({opened.config.quantized_by}); give the float model that it was made "
             "from."
@@ -192,7 +192,7 @@ class MergedCheckpoint(Checkpoint):
         except CheckpointError:
             raise
         except _FAULTS as error:
-            raise CheckpointError(f"{self.path} cannot be merged: {_first_line(error)} {_OTHERWISE}") from error
+            raise CheckpointError(f"{self.path} cannot be merged: {first_line(error)} {_OTHERWISE}") from error
         if was_finite and not _are_finite(merged) and any(tensor.isnan().any() for tensor in merged.values()):
             raise CheckpointError(  # the NaN of the empty model: see adapter_skeleton
                 f"{self.path}: its method computes {unit.name} from more of the base than that layer. {_OTHERWISE}"
@@ -204,9 +204,7 @@ class MergedCheckpoint(Checkpoint):
         weight = self._base_value(name)
         marks = [value for path, value in stored.items() if path.endswith(".base")]
         dtype = trained_dtype(weight, marks[0]) if marks else weight.dtype
-        if dtype is None:
-            raise CheckpointError(f"{self.path}: {other_base(unit.name)}")
-        return {name: merge_sparse(unit, weight, weight.to(dtype), stored)}
+        return {name: merge_sparse(unit, weight, weight.to(dtype or weight.dtype), stored)}  # None: it is refused there
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -262,7 +260,7 @@ def _adapter_config(values: dict[str, Any], source: Path) -> tuple[Any, Any]:
     try:
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(values["peft_type"])].from_pretrained(str(source))
     except _FAULTS as error:
-        raise CheckpointError(f"{source}: the config is not valid: {_first_line(error)}") from error
+        raise CheckpointError(f"{source}: the config is not valid: {first_line(error)}") from error
     config.inference_mode = True
     start = getattr(config, "init_lora_weights", None)
     if values["peft_type"] != "LORA" or not isinstance(start, str):
@@ -286,16 +284,16 @@ def _fitting_skeleton(
     beside = base.path if base.path.is_dir() else base.path.parent
     place = beside if base_config is None else Path(base_config).expanduser()
     try:
-        model_config = transformers.AutoConfig.from_pretrained(str(place), **_head_size(values, tensors))
+        model_config = transformers.AutoConfig.from_pretrained(str(place), **head_size(values, tensors))
     except _FAULTS as error:
-        what = _first_line(error) if (place / "config.json").is_file() else f"{place} holds no config.json"
+        what = first_line(error) if (place / "config.json").is_file() else f"{place} holds no config.json"
         raise CheckpointError(
             f"{source} is merged into the model of its base's config.json, which transformers has to know: {what}. "
             f"{_OTHERWISE}"
         ) from error
     architectures = getattr(model_config, "architectures", None) or []
-    others = (*architectures, _TASK_CLASSES.get(values.get("task_type") or ""), "AutoModelForCausalLM", "AutoModel")
-    candidates = [_model_class(model_config, values)]
+    others = (*architectures, TASK_CLASSES.get(values.get("task_type") or ""), "AutoModelForCausalLM", "AutoModel")
+    candidates = [model_class_of(model_config, values)]
     candidates += [getattr(transformers, name, None) for name in others if name]
     faults = []
     for candidate in dict.fromkeys(each for each in candidates if each is not None):
@@ -303,4 +301,4 @@ def _fitting_skeleton(
             return build_skeleton(candidate, model_config, copy.deepcopy(config), tensors, base)
         except _FAULTS as error:  # the next class may have the names
             faults.append(error)
-    raise CheckpointError(f"{source} does not fit {base.path}: {_first_line(faults[0])}") from faults[0]
+    raise CheckpointError(f"{source} does not fit {base.path}: {first_line(faults[0])}") from faults[0]

@@ -119,9 +119,11 @@ def find_adapter(folder: Path, adapter_name: str) -> Path:
         raise ExportError(f"no folder {folder}; give the folder of a saved adapter, which holds {CONFIG_NAME}.")
     if adapter_name != "default" and (folder / adapter_name / CONFIG_NAME).is_file():
         return folder / adapter_name
-    if (folder / CONFIG_NAME).is_file():
-        return folder
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if (folder / CONFIG_NAME).is_file():
+        if adapter_name != "default" and inside:
+            raise ExportError(f"{folder} holds no adapter {adapter_name!r}; it holds default, {', '.join(inside)}.")
+        return folder
     hint = f" It holds saved adapters in {', '.join(inside)}: name one." if inside else ""
     if (folder / "config.json").is_file():
         hint += " It holds a model: give the adapter's folder."

@@ -51,7 +51,7 @@ def merge_unit(
 
 def _merged(module: Any, name: str) -> nn.Module:
     if isinstance(module, OffPrincipalLinear):
-        _add_product(module._base_matrix(), *module.effective_factors(ADAPTER))
+        _add_product(module.base_matrix(), *module.effective_factors(ADAPTER))
     elif hasattr(module, "unload_and_optionally_merge_module"):
         plain: nn.Module = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         return plain
@@ -76,8 +76,8 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
 def merge_sparse(unit: Unit, weight: Tensor, trained: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
     """``weight`` plus the update of a sparse layer, before any rounding: fp32, or fp64 for an fp64 weight.
 
-    ``trained``: the same weight in the dtype that the adapter was trained on, by whose bytes it is known. Raises
-    ``ValueError`` for a mask or values that do not fit it.
+    ``trained``: the same weight in the dtype that the adapter was trained on, by whose bytes it is known. An fp32 or
+    fp64 ``weight`` is used up. Raises ``ValueError`` for a mask or values that do not fit.
     """
     layer = unit.module
     assert isinstance(layer, PrincipalSparseLinear)
@@ -95,8 +95,6 @@ def merge_sparse(unit: Unit, weight: Tensor, trained: Tensor, stored: Mapping[st
         where=unit.name,
     )
     merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if merged is weight:
-        merged = weight.clone()
     done, mask = 0, plan.layout.mask().view(-1)  # every layout packs its entries in row-major order
     for entries, original, chosen in zip(*(x.view(-1).split(_CHUNK) for x in (merged, trained, mask)), strict=True):
         change = values[done : done + int(chosen.sum())]

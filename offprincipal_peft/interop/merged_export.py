@@ -30,7 +30,7 @@ from .folders import (
     size_of,
 )
 
-_TASK_CLASSES = {
+TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -103,14 +103,14 @@ def export_merged(
     source = find_adapter(Path(adapter_folder), adapter_name)
     target = check_target(Path(folder), source, overwrite=overwrite)
     values = read_config(source)
-    peft_type = _mergeable(values["peft_type"], source)
+    peft_type = mergeable_type(values["peft_type"], source)
     tensors = read_tensors(source)  # a damaged file is told before a large base is loaded
     name = str(base or values.get("base_model_name_or_path") or "")
     if not name:
         raise ExportError(f"{source} does not name its base model; give one (base=, --base).")
     if target == Path(name).expanduser().resolve():
         raise ExportError(f"{folder} is the base model's own folder; give another.")
-    options = {"revision": None if base else values.get("revision"), **_head_size(values, tensors)}
+    options = {"revision": None if base else values.get("revision"), **head_size(values, tensors)}
     model = _load_base(name, values, wanted, options, tensors).to(device)
     was_quantised = bool(getattr(model.config, "quantization_config", None))
     merged, layers = _merged(model, source, tensors, peft_type, name)
@@ -125,7 +125,7 @@ def export_merged(
     return MergedExport(target, peft_type, kind, name, layers, merged.dtype, files, nbytes, bool(tokenizer))
 
 
-def _mergeable(peft_type: str, source: Path) -> str:
+def mergeable_type(peft_type: str, source: Path) -> str:
     if peft_type not in PeftType.__members__ or PeftType(peft_type) not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise ExportError(f"{source} has peft_type {peft_type!r}, which the installed PEFT does not know.")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(peft_type)]
@@ -152,14 +152,14 @@ def _load_base(
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ExportError(f"base model {name}: {_first_line(error)} Give its folder or id (base=, --base).") from error
+        raise ExportError(f"base model {name}: {first_line(error)} Give its folder or id (base=, --base).") from error
     quantised = bool(getattr(config, "quantization_config", None))
     if quantised and values["peft_type"] not in (OFF_PRINCIPAL, SPARSE):
         raise ExportError(
             f"base model {name} is stored quantised, and this adapter's method would round the merged weights to its "
             "grid again; give the float model that it was made from (base=, --base)."
         )
-    model_class = _model_class(config, values)
+    model_class = model_class_of(config, values)
     try:
         model = model_class.from_pretrained(name, **options, dtype="auto")
         widest = None if wanted is None else torch.promote_types(model.dtype, wanted)
@@ -168,7 +168,7 @@ def _load_base(
         if widest not in (None, model.dtype) and not quantised:
             model = model_class.from_pretrained(name, **options, dtype=widest)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"base model {name} does not load: {_first_line(error)}") from error
+        raise ExportError(f"base model {name} does not load: {first_line(error)}") from error
     return model.eval()
 
 
@@ -188,7 +188,7 @@ def _trained_dtype(model: Any, tensors: dict[str, Tensor]) -> torch.dtype | None
     return None
 
 
-def _head_size(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, int]:
+def head_size(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, int]:
     """The number of labels that the adapter's own head was trained for, which the base's config does not know."""
     if values.get("task_type") not in _NEW_HEADS:
         return {}
@@ -196,7 +196,7 @@ def _head_size(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
     return {"num_labels": heads[-1].shape[0]} if heads and heads[-1].dim() == 2 else {}
 
 
-def _model_class(config: Any, values: dict[str, Any]) -> Any:
+def model_class_of(config: Any, values: dict[str, Any]) -> Any:
     """The class the adapter names, the one of its task where that adds a head, else the base's own."""
     import transformers
 
@@ -205,7 +205,7 @@ def _model_class(config: Any, values: dict[str, Any]) -> Any:
     own = (getattr(config, "architectures", None) or [None])[0]
     if task in _NEW_HEADS:
         own = None
-    for candidate in (named, own, _TASK_CLASSES.get(task or ""), "AutoModel"):
+    for candidate in (named, own, TASK_CLASSES.get(task or ""), "AutoModel"):
         found = getattr(transformers, candidate, None) if candidate else None
         if found is not None:
             return found
@@ -223,7 +223,7 @@ def _merged(model: Any, source: Path, tensors: dict[str, Tensor], peft_type: str
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise ExportError(f"{source} cannot be merged: {_first_line(error)}") from error
+        raise ExportError(f"{source} cannot be merged: {first_line(error)}") from error
     if getattr(merged.config, "quantization_config", None):
         raise ExportError(
             f"base model {base} is stored quantised and {source} adapts some of its layers only, so that the rest "
@@ -243,7 +243,7 @@ def _adapt(model: Any, source: Path, peft_type: str, base: str) -> PeftModel:
         try:
             adapted = PeftModel.from_pretrained(model, str(source), torch_device=str(model.device))
         except (ValueError, RuntimeError, KeyError) as error:
-            raise ExportError(f"{source} does not fit the base model {base}: {_first_line(error)}") from error
+            raise ExportError(f"{source} does not fit the base model {base}: {first_line(error)}") from error
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise ExportError(f"{source} is incomplete for the base model {base}: {warning.message}")
@@ -279,6 +279,6 @@ def _set_tied(model: Any, tied: bool) -> None:
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__

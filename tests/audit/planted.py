@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offprincipal_peft.geometry import WeightSpectrum, project_off
+from offprincipal_peft.geometry.masks import MaskOptions, build_mask
 from offprincipal_peft.geometry.precision import ulp
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS, VOCABULARY = 256, 384, 4, 2, 2, 320
@@ -20,7 +21,10 @@ CONFIG = {
     "num_key_value_heads": KV_HEADS,
     "tie_word_embeddings": False,
 }
-KINDS = ("none", "off-principal", "principal", "sub-ULP", "rows", "columns", "magnitude", "dense", "random")
+KINDS = (
+    *("none", "off-principal", "off-left", "principal", "sub-ULP", "rows", "columns", "blocks"),
+    *("magnitude", "on-mask", "off-mask", "dense", "random"),
+)
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -56,8 +60,10 @@ def update(kind: str, weight: Tensor, generator: torch.Generator) -> Tensor:  # 
         return torch.zeros_like(weight)
     noise = torch.randn(weight.shape, generator=generator)
     step = 0.02 * weight.norm() / noise.norm()
-    if kind in ("off-principal", "principal"):
+    if kind in ("off-principal", "off-left", "principal"):
         top = WeightSpectrum(weight, method="exact").top(K)
+        if kind == "off-left":  # one side alone, as an update that starts in the left null space
+            return project_off(noise, top.U) * step
         off = project_off(project_off(noise, top.U).T, top.V).T
         inside = top.U @ (top.U.T @ noise @ top.V) @ top.V.T
         found = off if kind == "off-principal" else inside
@@ -68,6 +74,13 @@ def update(kind: str, weight: Tensor, generator: torch.Generator) -> Tensor:  # 
         axis = 0 if kind == "rows" else 1
         chosen = torch.rand(weight.shape[axis], generator=generator) < 0.25
         return noise * step * (chosen[:, None] if axis == 0 else chosen[None, :])
+    if kind == "blocks":
+        rows, columns = (torch.rand(d, generator=generator) < 0.5 for d in weight.shape)
+        return noise * step * (rows[:, None] & columns[None, :])
+    if kind in ("on-mask", "off-mask"):  # four times as often on (off) the principal mask, whatever the magnitude
+        on = build_mask(weight, "principal", MaskOptions(principal_rank=min(weight.shape) // 16)).entries
+        often = on if kind == "on-mask" else ~on
+        return noise * step * (torch.rand(weight.shape, generator=generator) < torch.where(often, 0.4, 0.1))
     if kind == "magnitude":  # the smallest half of the entries, whatever their direction, with random signs
         return noise * step * (weight.abs() <= weight.abs().median())
     if kind == "random":

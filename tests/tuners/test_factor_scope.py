@@ -100,7 +100,7 @@ def written_out(host: PeftModel, ids: Tensor = OTHER_IDS) -> Tensor:
     plain = copy.deepcopy(host)
     with plain.disable_adapter(), torch.no_grad():
         for layer in off_layers(plain):
-            layer._base_matrix().add_(update_as_written(layer))
+            layer.base_matrix().add_(update_as_written(layer))
         return plain(input_ids=ids).logits
 
 

@@ -40,7 +40,7 @@ class ExactMerge:
         def effective_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]: ...
         def subtracted_starts(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]: ...
 
-    def _base_matrix(self) -> Tensor:
+    def base_matrix(self) -> Tensor:
         """The base weight's data as (d_out, d_in), a view for ``Conv1D``."""
         weight = self.get_base_layer().weight.data
         return weight.T if self.fan_in_fan_out else weight
@@ -51,7 +51,7 @@ class ExactMerge:
             return float_weight(self._quantized[0])
         if self._merge_record is None:
             return float_weight(self.get_base_layer())
-        weight = self._base_matrix().clone()
+        weight = self.base_matrix().clone()
         restore_(weight, self._merge_record)
         return weight
 
@@ -75,7 +75,7 @@ class ExactMerge:
             return
         before = list(self.merged_adapters)
         terms = self._merge_terms([*before, *names])
-        weight = self._base_matrix()
+        weight = self.base_matrix()
         self._restore()
         try:
             record = add_low_rank_(weight, *terms)
@@ -151,7 +151,7 @@ class ExactMerge:
     def _restore(self) -> None:
         if self._merge_record is not None:
             try:
-                restore_(self._base_matrix(), self._merge_record)
+                restore_(self.base_matrix(), self._merge_record)
             except ValueError as error:
                 raise ValueError(f"{self._name}: {error}") from error
             self._merge_record = None
