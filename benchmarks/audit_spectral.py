@@ -2,9 +2,10 @@
 
 One block of Qwen2.5-1.5B's shapes, with the number of times each stands in the model. Each round times, one after the
 other and in turn: ``torch.linalg.svd(W.float(), full_matrices=False)`` of both sides as the weights are stored (what a
-script would write), the same of the tall orientation (a wide matrix costs several times its transpose), and the audit:
-base, shifts of all singular values, top-k angles on both sides, ||dW||_2, and the energy shares in the subspaces. A
-round gives one ratio, so that a drift of the machine's speed cancels. With ``--accuracy`` each shape is compared with
+script would write), the same of the tall orientation (a wide matrix costs several times its transpose), and the audit's
+probes spectrum, angles and bounds: all singular values of both sides, top-k angles on both sides, ||dW||_2. What is
+the same after either (energy shares, masks) is left out. A round gives one ratio, so that a drift of the machine's
+speed cancels. With ``--accuracy`` each shape is compared with
 exact fp64 SVDs as well. Run:
 
     python benchmarks/audit_spectral.py --accuracy --out benchmarks/results/audit_spectral.json
@@ -23,7 +24,6 @@ import torch
 from _common import environment, median, paired_ratio, write_result
 from torch import Tensor
 
-from offprincipal_peft.audit.entrywise import entrywise
 from offprincipal_peft.geometry import SpectralBase, SpectralChange
 
 # (d_out, d_in) -> how often in a block
@@ -55,10 +55,7 @@ def _kept(base: Tensor, tuned: Tensor) -> Tensor:
 
 def audited(pair: tuple[Tensor, Tensor], k: int) -> SpectralChange:
     base, tuned = pair
-    spectrum = SpectralBase(base, k)
-    found = spectrum.change(tuned)
-    entrywise(base, tuned, common=torch.bfloat16, top=spectrum.top, wanted=("shares",))
-    return found
+    return SpectralBase(base, k).change(tuned)
 
 
 def svds(pair: tuple[Tensor, Tensor], *, tall: bool) -> None:
