@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from .drift import max_spectral_shift, normalized_spectral_shift
-from .gram_change import change_norm, gram_change, gram_matrix, multiply, relative_size, row_chunks
+from .gram_change import change_norm, difference, frobenius, gram_change, gram_matrix, multiply, rotate, row_chunks
 from .numerics import full_precision
-from .perturbation import leading, perturbed
+from .perturbation import leading, perturbed, trailing
 from .spectrum import Triplets, WeightSpectrum
 from .subspace import principal_angles
 
@@ -189,6 +189,11 @@ class _Eigen:
         return self.squares.sqrt()
 
     @property
+    def norm(self) -> float:
+        """||W||_F."""
+        return math.sqrt(float(self.squares.sum()))
+
+    @property
     def is_faint(self) -> bool:
         """Whether the smallest values are lost in the Gram matrix."""
         return float(self.squares[-1]) <= FAINT * self.noise
@@ -204,23 +209,28 @@ class _Eigen:
 
 
 def _fast_change(base: _Eigen, weight: Tensor, tuned: Tensor, k: int, seed: int) -> SpectralChange:
-    size = relative_size(weight, tuned, base.wide)
+    change = difference(weight, tuned)
+    size = frobenius(change) / base.norm
     if size == 0.0:
         zeros = torch.zeros(k, dtype=torch.float64, device=weight.device)
         return SpectralChange(base.values, base.values, 0.0, zeros, zeros, "perturbation", 0.0, 0.0)
     if not math.isfinite(size):
         raise ValueError(f"the tuned weight {tuple(tuned.shape)} holds NaN or infinite entries, or overflows fp32")
+    norm = change_norm(change, base.wide, seed)
+    del change
     small = size <= SMALL
     update = gram_change(weight, tuned, base.wide) if small else gram_matrix(tuned, base.wide).sub_(base.gram)
     fresh = base.fresh * (2 * size if small else 1.0)
-    rotated = base.vectors.T @ (update @ base.vectors)
+    rotated = rotate(update, base.vectors)
     del update
     mixing, squares = perturbed(base.squares, rotated)
     route, last = "perturbation", None
     if mixing > MIXED:
         route, mixing = "rotated", 0.0
-    # Where the smallest values are faint as well as strongly mixed, their directions are needed: all of them.
-    found = leading(base.squares, rotated, k) if route == "perturbation" or not base.is_faint else None
+    found = leading(base.squares, rotated, k)
+    if found is not None and route == "rotated" and base.is_faint:
+        last = trailing(_tuned_gram(base, rotated), min(len(squares), BOTTOM), base.noise)
+        found = found if last is not None else None
     if found is None:
         route, mixing = "rotated", 0.0
         squares, top, last = _decomposed(base, rotated, k)
@@ -237,7 +247,6 @@ def _fast_change(base: _Eigen, weight: Tensor, tuned: Tensor, k: int, seed: int)
         output, into = into, output
     if not float(after[k - 1]) ** 2 > 100 * base.noise:
         lost = math.inf  # the tuned weight has no k directions to speak of
-    norm = change_norm(weight, tuned, base.wide, seed)
     shift_error = _shift_error(base, before, after, mixing, measured, norm, fresh)
     return SpectralChange(before, after, norm, output, into, route, shift_error, lost)
 
