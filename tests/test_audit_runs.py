@@ -16,13 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from offprincipal_peft.audit import read_json_report
 from offprincipal_peft.rlvr import trial
-from tiny_models import save_tiny_model
+from tiny_trials import save_tiny_task, tiny_trial
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-PARTIAL = """
-def reward(completions, answer, **columns):
-    return [1.0 if a == c else sum(map(ord, c)) % 7 / 10 for a, c in zip(answer, completions)]
-"""
 AUDITS = {
     "full": {"tuned": ["full-grpo", "full-sft"]},
     "hidden": {"base": "base-fp32", "tuned": ["full-sft-fp32", "safe-grpo"]},
@@ -59,26 +55,7 @@ def script(patch):
 @pytest.fixture(scope="module")
 def study(script, tmp_path_factory, patch):
     patch.setenv("OFFPRINCIPAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-    model = save_tiny_model(tmp_path_factory.mktemp("tiny"))
-    (model / "items.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) for i in range(40))
-    )
-    (model / "partial.py").write_text(PARTIAL)
-    base = {
-        "model": str(model),
-        "task": str(model / "items.jsonl"),
-        "task_options": {"verifier": f"{model / 'partial.py'}:reward"},
-        "device": "cpu",
-        "rank": 4,
-        "steps": 2,
-        "prompts_per_step": 2,
-        "group_size": 2,
-        "max_completion_length": 3,
-        "train_items": 16,
-        "validation_items": 6,
-        "test_items": 5,
-        "threads": 1,
-    }
+    base = tiny_trial(save_tiny_task(tmp_path_factory.mktemp("tiny"))) | {"steps": 2}
     runs = {
         "full-grpo": {"method": "full", "algorithm": "grpo", "learning_rate": 1e-3},
         "full-sft": {"method": "full", "algorithm": "sft", "learning_rate": 1e-3},

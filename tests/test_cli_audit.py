@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,32 @@ def test_an_adapter_by_its_name(adapters: dict[str, Path], tmp_path: Path) -> No
     assert norms[0] != norms[1]
 
 
+def test_an_adapter_by_its_file_and_one_of_a_folder_that_holds_only_named_ones(
+    adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT saves every adapter that is not called default into a subfolder of its name."""
+    named = tmp_path / "named"
+    shutil.copytree(adapters["plain"] / "second", named / "second")
+    given = (
+        [adapters["plain"] / "second"],
+        [adapters["plain"] / "second" / "adapter_model.safetensors"],
+        [named, "--adapter-name", "second"],
+    )
+    norms = []
+    for i, words in enumerate(given):
+        out = tmp_path / f"{i}.json"
+        assert run(adapters["base"], *words, "--probes", "sparsity", "--json", out) == cli.DONE, words
+        norms.append([weight.changes[0].norm for weight in read_json_report(out).weights])
+    assert norms[0] == norms[1] == norms[2] and any(norms[0])
+    capsys.readouterr()
+    assert run(adapters["base"], named) == cli.MISTAKE
+    assert "It holds saved adapters in second: name one." in capsys.readouterr().err
+    shutil.copy(adapters["base"] / "config.json", named)
+    (named / "model.safetensors").write_bytes(b"cut")  # a model of its own: that is what is wrong
+    assert run(adapters["base"], named) == cli.MISTAKE
+    assert "model.safetensors" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -224,7 +251,9 @@ def test_ctrl_c_in_a_process_of_its_own(pair: tuple[Path, Path], tmp_path: Path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_every_option_reaches_the_library(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_reaches_the_library(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given: dict[str, Any] = {}
     real: Callable[..., Any] = audit
     monkeypatch.setattr(
@@ -235,4 +264,9 @@ def test_every_option_reaches_the_library(pair: tuple[Path, Path], monkeypatch: 
         **{"probes": ["sparsity"], "layers": [], "rank": 0.5, "mode": "exact", "device": "cpu"},
         **{"principal_density": 0.5, "low_density": 0.5859, "progress": None},
     }
+    for words in (["--rank", "two"], ["--rank", ""]):
+        with pytest.raises(SystemExit):
+            run(*pair, *words)
+        error = capsys.readouterr().err
+        assert f"argument --rank: {words[1]!r} is neither a number of directions nor a fraction" in error
     assert command._rank("16") == 16 and type(command._rank("16")) is int

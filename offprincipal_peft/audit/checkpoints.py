@@ -50,8 +50,9 @@ class AdapterFolder(CheckpointError):
         self.base: str | None = base if isinstance(base, str) else None
         of = f" of {self.base}" if self.base else ""
         super().__init__(
-            f"{path} holds a PEFT adapter{of}: factors or entries, not the weights that they change. "
-            "Merge it into its base, save that model and give its folder."
+            f"{path} holds a PEFT adapter{of}: factors or entries, not the weights that they change. Give it after its "
+            "base on the command line (offprincipal audit BASE ADAPTER), or in Python what "
+            "offprincipal_peft.interop.audit_source.open_adapter(folder, base) returns."
         )
 
 

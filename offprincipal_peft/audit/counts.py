@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .patterns import Patterns
-from .results import Magnitudes, Map, Matched, Overlap, Share, Stripes
+from .results import Entrywise
 from .tiles import ENTRIES
 
 _MINUS_ZERO = -(1 << 15)  # the bits of -0.0
 
 
-@dataclass(frozen=True)
-class Entrywise:
-    """The fields of :class:`results.Change` that are sums over entries. None: not wanted, or the weight has it not.
-
-    ``norm`` and ``largest`` are of the difference of the stored values in fp32. Where a tensor is not finite they
-    leave out the entries that are not, and everything below ``nonfinite`` is None.
-    """
-
-    changed: int
-    stored_changed: int
-    norm: float
-    largest: float
-    nonfinite: tuple[int, int] = (0, 0)
-    low: Overlap | None = None
-    principal: Overlap | None = None
-    matched: Matched | None = None
-    magnitudes: Magnitudes | None = None
-    output: Share | None = None
-    input: Share | None = None
-    both: Share | None = None
-    rows: Stripes | None = None
-    columns: Stripes | None = None
-    map: Map | None = None
-
-
 class Counts:
     """The counts and norms of one tensor pair as its blocks come.
 
-    ``common``: the coarsest dtype of the checkpoints, to which stored values are rounded before they are compared.
+    ``common``: the coarser dtype of the two checkpoints, to which stored values are rounded before they are compared.
     """
 
     def __init__(self, common: torch.dtype) -> None:
@@ -121,10 +95,7 @@ def largest_of(delta: Tensor) -> float:  # not empty
 
 def visible_flags(before: Tensor, after: Tensor, common: torch.dtype) -> Tensor:  # no NaN, not empty -> fp32, 0 or 1
     """1 where an entry is another bf16 number, both rounded to ``common`` first: the zeros are one number."""
-    first, second = (as_bf16(side, common).view(torch.int16) for side in (before, after))
-    if min(int(first.amin()), int(second.amin())) == _MINUS_ZERO:
-        first, second = (bits.masked_fill(bits == _MINUS_ZERO, 0) for bits in (first, second))
-    return flags_of(torch.ne, first, second)
+    return flags_of(torch.ne, *bits_of(as_bf16(before, common), as_bf16(after, common)))
 
 
 def stored_flags(before: Tensor, after: Tensor, common: torch.dtype) -> Tensor:  # no NaN -> fp32, 0 or 1
@@ -136,6 +107,14 @@ def as_bf16(tensor: Tensor, common: torch.dtype) -> Tensor:
     """Rounded to ``common``, then to bf16; fp16 through fp32, which is exact and ten times faster."""
     tensor = tensor if tensor.dtype == torch.bfloat16 else tensor.to(common)
     return tensor.float().bfloat16() if tensor.dtype == torch.float16 else tensor.to(torch.bfloat16)
+
+
+def bits_of(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:  # bf16, not empty -> int16, the same shapes
+    """The bits of both, -0.0 written as 0.0: without NaN they are equal where the numbers are. May share memory."""
+    pair = first.view(torch.int16), second.view(torch.int16)
+    if any(int(bits.amin()) == _MINUS_ZERO for bits in pair):
+        return pair[0].masked_fill(pair[0] == _MINUS_ZERO, 0), pair[1].masked_fill(pair[1] == _MINUS_ZERO, 0)
+    return pair
 
 
 def flags_of(

@@ -8,7 +8,6 @@ that a change of any size keeps its digits.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -23,11 +22,10 @@ from ..geometry.magnitude import (
     random_places_variation,
 )
 from ..geometry.numerics import full_precision
-from ..geometry.spectrum import Triplets
-from .counts import Counts, Entrywise, check_alike, difference, largest_of, stored_flags, visible_flags
+from .counts import Counts, check_alike, difference, largest_of, stored_flags, visible_flags
 from .patterns import Patterns
-from .reference import PROBES, Reference, add_histogram, unsigned
-from .results import Magnitudes, Matched, Overlap, Share, Stripes
+from .reference import Reference, add_histogram, unsigned
+from .results import Entrywise, Magnitudes, Matched, Overlap, Share, Stripes
 from .tiles import Grid, Tile, run_means, tiles
 
 BINS = 64  # of |W0|
@@ -45,7 +43,7 @@ def compare(
 ) -> Entrywise:
     """What the reference wants to know of one tuned tensor; ``patterns`` get its changed entries as those of ``index``.
 
-    ``common``: the coarsest dtype of the checkpoints, to which stored values are rounded before they are compared.
+    ``common``: the coarser dtype of the two checkpoints, to which stored values are rounded before they are compared.
     A pair that is not finite, or a base that is not so in bf16, has counts only.
     Raises ``ValueError`` for another shape or device.
     """
@@ -59,31 +57,6 @@ def compare(
     for tile in tiles(shape):
         counts.add(tile.of(base), tile.of(tuned), patterns=patterns, index=index, start=tile.start)
     return counts.result()
-
-
-def entrywise(
-    base: Tensor,  # (d_out, d_in)
-    tuned: Tensor,  # (d_out, d_in)
-    *,
-    common: torch.dtype,
-    top: Triplets | None = None,
-    wanted: Collection[str] = PROBES,
-    principal_density: float = 0.5,
-    low_density: float = 0.5859,
-    heads: tuple[list[int], list[int]] = ([], []),
-    map_cells: int = 64,
-) -> Entrywise:
-    """One comparison alone: :class:`Reference`, whose arguments and errors these are, and :func:`compare`."""
-    reference = Reference(
-        base,
-        top,
-        wanted=wanted,
-        principal_density=principal_density,
-        low_density=low_density,
-        heads=heads,
-        map_cells=map_cells,
-    )
-    return compare(reference, tuned, common=common)
 
 
 class _Sums:
@@ -248,9 +221,13 @@ def _magnitudes(
     sums = _by_bin((counts * key_magnitudes(counts.device))[:, None], bins[:FINITE_KEYS]).squeeze(1)
     means = sums / entries_b.sum(dim=1)
     rates = changed_b.sum(dim=1) / entries_b.sum(dim=1)
-    on_mask = changed_b[:, 1] / entries_b[:, 1].clamp(min=1)
-    on_mask = on_mask[used] if has_principal else on_mask[:0]
-    return Magnitudes(size=means[used].tolist(), rate=rates[used].tolist(), principal_rate=on_mask.tolist())
+    on_mask = zip(changed_b[used, 1].tolist(), entries_b[used, 1].tolist(), strict=True)
+    return Magnitudes(
+        size=means[used].tolist(),
+        entries=entries_b.sum(dim=1)[used].long().tolist(),
+        rate=rates[used].tolist(),
+        principal_rate=[count / of if of else None for count, of in on_mask] if has_principal else None,
+    )
 
 
 def _by_bin(values: Tensor, bins: Tensor) -> Tensor:  # (keys, n), (keys,) -> (BINS, n) fp64

@@ -13,7 +13,7 @@ from ..html.marks import Mark, marks
 from ..html.page import figure_html, legend
 from .pooling import SIDES, Pooled, by_kind, by_layer, by_place, kinds, labels, layers, ratio
 from .results import AuditReport
-from .tables import figure_text, share_text
+from .tables import figure_text, share_text, times_text
 
 _NAMES = {"output": "left, U", "input": "right, V", "both": "both sides"}
 
@@ -61,7 +61,10 @@ def across(
     key: Sequence[tuple[str, int]] = (),
     shared: bool = True,
 ) -> str:
-    """The figure for each checkpoint, side by side and, with ``shared``, on one scale; empty where none has data."""
+    """The figure for each checkpoint, side by side and, with ``shared``, on one scale; empty where none has data.
+
+    ``key``: (name, colour) of the legend, of which those are shown whose colour is drawn.
+    """
     drawn = [(view.label, made) for view in found if (made := draw(view)) is not None and made[1]]
     if not drawn:
         return ""
@@ -71,6 +74,8 @@ def across(
         for _, (frame, _) in drawn:
             frame.limits = (min(low_x), max(high_x), min(low_y), max(high_y))
     charts = [(label, lines(frame, series, label)) for label, (frame, series) in drawn]
+    colours = {line.colour for _, (_, series) in drawn for line in series}
+    key = [(name, colour) for name, colour in key if colour in colours]
     return beside(title, text, charts, legend(key) if key else "", len(found) > 1)
 
 
@@ -162,17 +167,14 @@ def _over_sizes(row: Pooled, side: str) -> float | None:
 def energy_by_kind(found: Sequence[View], sides: Sequence[str] = SIDES) -> str:
     """The shares themselves beside both controls."""
     parts = []
-    for view in found:
-        for side in sides:
-            rows = []
-            for row in view.kinds:
-                if (share := row.shares.get(side)) is not None:
-                    found_marks = [Mark("update", share.value), Mark("random", share.random, 8, "hollow")]
-                    rows.append((row.name, [*found_marks, Mark("sizes alone", share.sizes, 1, "tick")]))
+    for side in sides:
+        several = [_share_marks(view, side) for view in found]
+        for view, rows in zip(found, several, strict=True):
             if rows:
                 title = f"Energy, {_NAMES[side]}"
                 label = f"{view.label}: {_NAMES[side]}" if len(found) > 1 else _NAMES[side]
-                parts.append((label, marks(title, "share of ‖ΔW‖², %", rows, percent=True)))
+                chart = marks(title, "share of ‖ΔW‖², %", rows, percent=True, reach=_values(several))
+                parts.append((label, chart))
     text = (
         "Dot: the update's share in the subspaces. Circle: that of independent entries of one size. Tick: that of the "
         "update's own entry sizes with random signs."
@@ -181,42 +183,63 @@ def energy_by_kind(found: Sequence[View], sides: Sequence[str] = SIDES) -> str:
     return beside(f"Energy in {where} principal subspaces.", text, parts, named=len(sides) > 1)
 
 
+Rows = list[tuple[str, list[Mark]]]
+
+
+def _share_marks(view: View, side: str) -> Rows:
+    rows: Rows = []
+    for row in view.kinds:
+        if (share := row.shares.get(side)) is not None:
+            controls = [Mark("random", share.random, 8, "hollow"), Mark("sizes alone", share.sizes, 1, "tick")]
+            rows.append((row.name, [Mark("update", share.value), *controls]))
+    return rows
+
+
+def _values(several: Sequence[Rows]) -> list[float]:
+    """Of all marks of several charts, which then have one scale."""
+    return [mark.value for rows in several for _, row in rows for mark in row]
+
+
 def stripes(found: Sequence[View]) -> str:
     """How unevenly rows and columns changed, over what chance gives."""
-    charts = []
-    for view in found:
-        rows = []
-        for kind in kinds(view.report):
-            cells = []
-            for colour, axis in enumerate(("rows", "columns")):
-                known = [
-                    getattr(w.changes[view.tuned], axis)
-                    for w in view.report.weights
-                    if w.kind == kind and getattr(w.changes[view.tuned], axis) is not None
-                ]
-                values = [s.std / s.random_std for s in known if s.random_std > 0 and math.isfinite(s.std)]
-                cells += [Mark(axis, median(values), colour)] if values else []
-            rows += [(kind, cells)] if cells else []
-        if rows:
-            charts.append((view.label, marks("Rows and columns", "spread / chance", rows, line=1.0)))
+    several = [_stripe_marks(view) for view in found]
+    charts = [
+        (view.label, marks("Rows and columns", "spread / chance", rows, line=1.0, reach=_values(several)))
+        for view, rows in zip(found, several, strict=True)
+        if rows
+    ]
     text = (
         "Standard deviation of the rows' (columns') shares of changed entries, over that of independent changes at the "
-        "same density: median over the layers. Above the dashed line whole rows (columns) change together."
+        "same density: median over the layers. Right of the dashed line the changes gather in some rows (columns). How "
+        "strongly depends on their number too: the verdict goes by the spread relative to the mean share."
     )
     key = legend([("rows", 0), ("columns", 1)])
     return beside("Stripes.", text, charts, key, len(found) > 1)
 
 
+def _stripe_marks(view: View) -> Rows:
+    rows: Rows = []
+    for kind in kinds(view.report):
+        changes = [weight.changes[view.tuned] for weight in view.report.weights if weight.kind == kind]
+        cells = []
+        for colour, axis in enumerate(("rows", "columns")):
+            known = [stripe for change in changes if (stripe := getattr(change, axis)) is not None]
+            quotients = [s.std / s.random_std for s in known if s.random_std > 0 and math.isfinite(s.std)]
+            cells += [Mark(axis, median(quotients), colour)] if quotients else []
+        rows += [(kind, cells)] if cells else []
+    return rows
+
+
 def facts(row: Pooled) -> list[tuple[str, str]]:
     """(value, what it is) for the head of the page."""
     angles = [a for a in (row.angle_output, row.angle_input) if a is not None]
-    energy, principal = row.energy(), ratio(row.principal)
+    energy, principal = row.energy, ratio(row.principal)
     found = [(f"{share_text(row.sparsity)} %", "unchanged in bf16") if row.sparsity is not None else None]
     found += [(figure_text(row.relative_norm), "‖ΔW‖ / ‖W‖") if row.relative_norm is not None else None]
     found += [(figure_text(row.shift), "spectral shift (NSS)") if row.shift is not None else None]
     found += [(f"{figure_text(math.degrees(max(angles)))}°", "largest principal angle") if angles else None]
-    found += [(f"{energy:.2f} ×", "energy in top-k, over sizes alone") if energy is not None else None]
-    found += [(f"{principal:.2f} ×", "on M_princ, over chance") if principal is not None else None]
+    found += [(f"{times_text(energy)} ×", "energy in top-k, over sizes alone") if energy is not None else None]
+    found += [(f"{times_text(principal)} ×", "on M_princ, over chance") if principal is not None else None]
     if row.matched is not None and row.matched.ratio is not None:
-        found.append((f"{row.matched.ratio:.2f} ×", "the same at equal magnitude"))
+        found.append((f"{times_text(row.matched.ratio)} ×", "changed on / off M_princ, at equal size"))
     return [fact for fact in found if fact is not None]

@@ -32,7 +32,7 @@ def update_maps(found: Sequence[View]) -> str:
             head = f'<p class="panel">{escape(view.label)}</p>' if len(found) > 1 else ""
             parts.append(f'{head}<div class="panels maps">{"".join(rows)}</div>')
     text = (
-        "Share of changed entries in each cell of the matrix, the darker the more; rows are outputs, columns inputs. "
+        "Share of changed entries in each cell of the matrix, the stronger the more; rows are outputs, columns inputs. "
         "Lines: boundaries of attention heads. Beside and below: the same by row and by column, from their least to "
         "their most. One weight of each kind, from the middle of the layers; the JSON holds all."
     )
@@ -115,7 +115,8 @@ def agreement(found: Sequence[View]) -> str:
     agreed = [(weight, weight.agreement) for weight in report.weights if weight.agreement is not None]
     if not agreed:
         return ""
-    figures = [_jaccard_by_layer(found[0]), _jaccard_by_kind(report), _frequencies([a for _, a in agreed])]
+    still = len(agreed) < len(report.weights)
+    figures = [_jaccard_by_layer(found[0]), _jaccard_by_kind(report), _frequencies([a for _, a in agreed], still)]
     pairs = pairs_table(report, [view.label for view in found])
     figures += [f"<div>{pairs.html()}</div>"] if pairs is not None else []
     maps = []
@@ -167,7 +168,8 @@ def _jaccard_by_kind(report: AuditReport) -> str:
     return figure_html("Agreement by kind.", text, marks("Agreement by kind", "Jaccard index", rows))
 
 
-def _frequencies(found: Sequence[Agreement]) -> str:
+def _frequencies(found: Sequence[Agreement], still: bool) -> str:
+    """``still``: some weights have no agreement, as nothing of them changed."""
     most = max(len(agreement.frequencies) for agreement in found)
     counts, expected = [0.0] * most, [0.0] * most
     for agreement in found:
@@ -178,5 +180,6 @@ def _frequencies(found: Sequence[Agreement]) -> str:
     entries, all_expected = sum(counts) or 1.0, sum(expected) or 1.0
     columns = [(number(i), counts[i] / entries, expected[i] / all_expected) for i in range(most)]
     text = "Entries that exactly so many checkpoints changed. Line: independent masks."
+    text += " Without weights that no checkpoint changed." if still else ""
     chart = bars("How many changed an entry", "checkpoints that changed it", "entries, %", columns, percent=True)
     return figure_html("How many changed an entry.", text, chart)

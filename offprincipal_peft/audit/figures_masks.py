@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,7 +11,7 @@ from ..html.charts import Frame, Series
 from .figures import Drawn, View, across, by_kind_series, series_of
 from .pooling import Pooled
 
-_GRID = 32  # quantile bins that several weights' magnitudes are put together in
+_GRID = 64  # equal parts of a weight's entries: as many as it has bins
 
 
 def overlaps(found: Sequence[View]) -> str:
@@ -83,7 +85,7 @@ def magnitudes(found: Sequence[View]) -> str:
 
     text = (
         "bf16's steps grow with |W|, so a small update shows on small weights first. Strong: all weights, by their "
-        "entries, all of them and those on the principal mask; thin: all entries of one kind of module."
+        "entries; thin: all entries of one kind of module."
     )
     return across("By magnitude.", text, found, draw, [("all entries", 0), ("on M_princ", 1)])
 
@@ -93,14 +95,11 @@ def _magnitude_series(view: View, kind: str | None) -> list[Series]:
     sums = [[[0.0, 0.0] for _ in range(_GRID)] for _ in range(2)]
     for weight in view.report.weights:
         bins = weight.changes[view.tuned].magnitudes
-        if bins is None or not bins.rate or kind not in (None, weight.kind):
+        if bins is None or kind not in (None, weight.kind):
             continue
-        for at in range(_GRID):
-            i = min(len(bins.rate) - 1, int((at + 0.5) / _GRID * len(bins.rate)))
-            principal = bins.principal_rate[i] if i < len(bins.principal_rate) else 0.0
-            for which, rate in enumerate((bins.rate[i], principal)):
-                # A zero among changed bins says as a rule that the mask has no entry there.
-                if math.isfinite(rate) and not (which and rate == 0 < bins.rate[i]):
+        for at, i in enumerate(_bins_at(bins.entries)):
+            for which, rate in enumerate((bins.rate[i], bins.principal_rate[i] if bins.principal_rate else None)):
+                if rate is not None:
                     sums[which][at][0] += rate * weight.entries
                     sums[which][at][1] += weight.entries
     series = []
@@ -109,3 +108,9 @@ def _magnitude_series(view: View, kind: str | None) -> list[Series]:
         if points:
             series.append(Series(name, which, [x for x, _ in points], [y for _, y in points]))
     return series
+
+
+def _bins_at(entries: Sequence[int]) -> list[int]:
+    """The bin in which the middle of each cell of the grid lies: one with half of the entries is half of the axis."""
+    edges = list(itertools.accumulate(entries))
+    return [bisect.bisect_right(edges, (at + 0.5) / _GRID * edges[-1]) for at in range(_GRID)] if edges else []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from ..html.charts import Frame, Series, escape, lines
+from ..html.charts import Frame, Series, escape, lines, number
 from ..html.page import figure_html, legend
 from .figures import Drawn, View, across
 from .pooling import kinds
@@ -24,28 +24,19 @@ def angle_curves(found: Sequence[View]) -> str:
 
 
 def _angle_side(found: Sequence[View], side: str) -> str:
-    values = [
-        math.degrees(angle)
-        for view in found
-        for weight in view.report.weights
-        if (angles := weight.changes[view.tuned].angles) is not None
-        for angle in getattr(angles, side)
-        if math.isfinite(angle)
-    ]
+    values = [v for view in found for weight in view.report.weights for v in _degrees(weight, view.tuned, side)]
     top = max(values, default=0.0)
-    if top == 0:  # nothing turned, which the figure of the bounds says
+    if top == 0:  # no curves; or nothing turned, which the figure of the bounds says
         return ""
-    floor = max(1e-4 * top, min((v for v in values if v > 0), default=0.0))
-    log = top > 20 * floor > 0
+    floor = max(1e-4 * top, min(v for v in values if v > 0))
+    log = top > 20 * floor
 
     def draw(view: View) -> Drawn | None:
         frame = Frame("Principal angles", "index i", "angle, degrees", whole_x=True, log_y=log)
         frame.y_from_zero = not log
         by_layer: dict[int | None, list[list[float]]] = {}
         for weight in view.report.weights:
-            angles = weight.changes[view.tuned].angles
-            if angles is not None and getattr(angles, side):
-                degrees = [math.degrees(angle) for angle in getattr(angles, side)]
+            if degrees := _degrees(weight, view.tuned, side):
                 by_layer.setdefault(weight.layer, []).append([max(v, floor) if log else v for v in degrees])
         if not by_layer:
             return None
@@ -60,7 +51,17 @@ def _angle_side(found: Sequence[View], side: str) -> str:
     text = (
         f"How far the top-k {name} turned, angle by angle. Grey: the median of a layer's weights; blue: of all weights."
     )
+    if log and min(values) < floor:
+        text += f" Below {number(floor)} degrees drawn there."
     return across(f"Principal angles, {'U' if side == 'output' else 'V'}.", text, found, draw)
+
+
+def _degrees(weight: WeightAudit, tuned: int, side: str) -> list[float]:
+    """All k angles of a weight; empty where they were not measured, or only the largest was kept."""
+    angles = weight.changes[tuned].angles
+    found: list[float] = [] if angles is None else getattr(angles, side)
+    whole = angles is not None and len(found) == angles.k and all(map(math.isfinite, found))
+    return [math.degrees(angle) for angle in found] if whole else []
 
 
 def _curve(name: str, curves: Sequence[Sequence[float]], faint: bool = False) -> Series:
@@ -135,8 +136,11 @@ def singular_values(found: Sequence[View]) -> str:
             parts.append(f'{head}<div class="panels">{"".join(panels)}</div>')
     if not parts:
         return ""
-    text = "σ⁺ − σ by index, each over the weight's own largest σ: the first, the middle and the last layer."
-    return figure_html("Every singular value.", text, "".join(parts), "wide")
+    text = (
+        f"σ⁺ − σ by index (at most {_POINTS} of them), each over the weight's own largest σ: the first, the middle and "
+        "the last layer."
+    )
+    return figure_html("Shifts of singular values.", text, "".join(parts), "wide")
 
 
 def _has_shifts(weight: WeightAudit, tuned: int) -> bool:

@@ -43,6 +43,8 @@ _DTYPES: dict[str, tuple[torch.dtype | None, int]] = {
     "U8": (torch.uint8, 8),
     "BOOL": (torch.bool, 8),
 }
+# The other way round. Of two names for one dtype there is none here.
+STORED_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items() if dtype is not None}
 # How files begin that are often given, or renamed, by mistake.
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it: a pickle, which is never opened here"),
@@ -81,6 +83,37 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: no such file; cut short, longer than its header says, another format under this name, a header
             that is not JSON, a name that occurs twice, or a tensor whose size, shape or place is impossible.
     """
+    text, size = _header(path)
+    data = 8 + len(text)
+    header = _parse(path, text)
+    header.pop("__metadata__", None)
+    tensors = [_tensor(path, name, entry, data) for name, entry in header.items()]
+    tensors.sort(key=lambda info: (info.offset, info.nbytes))
+    _check_places(path, tensors, data, size)
+    return {info.name: info for info in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the writer of a safetensors file said of it, empty where nothing. Raises as :func:`read_header` does."""
+    found = _parse(path, _header(path)[0]).get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{path}: the header's __metadata__ is no object of strings; the file is damaged.")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises :class:`CheckpointError` where it holds anything else."""
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is needed.")
+    return value
+
+
+def _header(path: Path) -> tuple[bytes, int]:
+    """The header's text and the size of the file."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a .safetensors file.")
     size = path.stat().st_size
@@ -102,23 +135,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 "copy it again."
             )
         file.seek(8)
-        text = file.read(length)
-    entries = _parse(path, text)
-    tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
-    tensors.sort(key=lambda info: (info.offset, info.nbytes))
-    _check_places(path, tensors, 8 + length, size)
-    return {info.name: info for info in tensors}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises :class:`CheckpointError` where it holds anything else."""
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is needed.")
-    return value
+        return file.read(length), size
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -138,7 +155,6 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the header is not JSON ({error}): damaged, or no safetensors file.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}; an object is needed.")
-    header.pop("__metadata__", None)
     return header
 
 

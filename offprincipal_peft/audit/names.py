@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..geometry.drift import head_boundaries
+from .absences import EMBEDDINGS, HEADS
 from .checkpoints import ModelConfig
-from .pairing import EMBEDDINGS, HEADS
 
 # Names of projections -> whose heads, and whether they lie among the rows (outputs) or the columns (inputs).
 _PROJECTIONS = {
@@ -19,6 +19,8 @@ _PROJECTIONS = {
     "key": ("key", "rows"),
     "value": ("key", "rows"),
 }
+# Parts of names outside the attention that config.json's number of heads is of: other towers, other mixers.
+_ELSEWHERE = ("vision", "visual", "audio", "mamba", "linear_attn", "conv")
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,16 @@ def is_embedding(name: str) -> bool:
 def heads(name: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[list[int], list[int]]:
     """Where heads begin and end among the rows and among the columns; empty where that is not known."""
     found = _PROJECTIONS.get(place(name).kind)
-    count = config.num_attention_heads
-    if found is None or count is None or len(shape) != 2:
+    if found is None or len(shape) != 2 or any(word in name for word in _ELSEWHERE):
         return [], []
     whose, axis = found
+    count = config.num_attention_heads
     if whose == "key":
         count = config.num_key_value_heads or count
     length = shape[0 if axis == "rows" else 1]
-    if length % count:
+    if count is None or count < 1 or length % count:
+        return [], []
+    if config.head_dim and length // count % config.head_dim:  # a multiple holds more than one vector for each head
         return [], []
     edges = head_boundaries(length, num_heads=count)
     return (edges, []) if axis == "rows" else ([], edges)

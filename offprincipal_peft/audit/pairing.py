@@ -1,10 +1,10 @@
 """Which tensors of two or more checkpoints are the same weight, why the others are not, and both sides block by block.
 
 *Dtypes.* Tensors that are stored in different floating dtypes are kept, with a note. Two comparisons, two rules. What
-is *stored* (bf16 visibility, sparsity) is compared in the coarsest dtype among them, the one with the largest eps:
-the finer file is rounded to it first, or the rounding that a save did would count as training. *Geometry* (norms,
-angles, spectra of the difference) takes the stored values as they are, in fp32: there the coarser file's rounding is
-part of the difference, which the note says.
+is *stored* (bf16 visibility, sparsity) is compared in the coarser dtype of the base and that tuned checkpoint, the one
+with the larger eps: the finer file is rounded to it first, or the rounding that a save did would count as training.
+*Geometry* (norms, angles, spectra of the difference) takes the stored values as they are, in fp32: there the coarser
+file's rounding is part of the difference, which the note says.
 
 *Names.* One rename for a whole checkpoint, the one under which most tensors of equal shape meet; two renames that do
 equally well and differ are refused. Nothing is matched by resemblance.
@@ -20,36 +20,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .absences import absence, fault, stored_fault
 from .checkpoints import Checkpoint
 from .headers import CheckpointError, TensorInfo
 
 # What wrappers put before names: torch.compile, DDP and FSDP, PEFT, and the model class around its backbone.
 PREFIXES = ("_orig_mod.", "module.", "base_model.model.", "model.")
-# Names' ends of output heads and of the embeddings that they can share memory with.
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_projection.weight")
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
-# What quantisation stores beside a weight: bitsandbytes 4 and 8 bit, GPTQ and AWQ, compressed-tensors and fp8.
-_COMPANIONS = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    ".SCB",
-    ".scales",
-    ".weight_scale",
-    ".weight_scale_inv",
-    ".weight_scale_2",
-    ".input_scale",
-)
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_PACKED = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2")  # what quantised weights are stored as
-_COMPARED = 4 << 20  # bytes at a time where two tensors' contents are compared
+_Names = tuple["Rename", dict[str, str]]  # base name -> tuned name under the rename
 
 
 @dataclass(frozen=True)
@@ -78,13 +55,18 @@ class Matched:
 
     Attributes:
         infos: one for each checkpoint, each with its own name and dtype and all with the same shape.
-        common: the coarsest of the dtypes, in which stored values are compared.
         note: what to know of a comparison between dtypes; empty where all are the same.
     """
 
     infos: tuple[TensorInfo, ...]
-    common: torch.dtype
     note: str = ""
+
+    def common(self, tuned: int = 0) -> torch.dtype:
+        """The coarser dtype of the base and of one tuned checkpoint, counted from 0: stored values are compared in it.
+
+        Of that pair alone: what one checkpoint's figures are does not depend on those beside it.
+        """
+        return _coarser(self.infos[0], self.infos[tuned + 1])
 
     @property
     def name(self) -> str:
@@ -128,14 +110,6 @@ class Block:
     stop: int
     tensors: tuple[Tensor, ...]
 
-    def stored(self) -> tuple[Tensor, ...]:
-        """All in the common dtype: for questions about what is stored."""
-        return tuple(tensor.to(self.match.common) for tensor in self.tensors)
-
-    def fp32(self) -> tuple[Tensor, ...]:
-        """All in fp32, the values as they are: for geometry."""
-        return tuple(tensor.float() for tensor in self.tensors)
-
 
 def pair(base: Checkpoint, *tuned: Checkpoint) -> Pairing:
     """Match the tensors of ``tuned`` to those of ``base``; every other tensor is in ``skipped`` with its reason.
@@ -155,16 +129,11 @@ def pair(base: Checkpoint, *tuned: Checkpoint) -> Pairing:
     for name in base.tensors:
         names = [name, *(mapping.get(name) for _, mapping in found)]
         infos = [side.tensors[own] if own else None for side, own in zip(sides, names, strict=True)]
-        if reason := _fault(name, infos, sides, labels):
+        if reason := fault(name, infos, sides, labels):
             skipped.append(Skipped(name, reason))
         else:
             matched.append(_match(tuple(info for info in infos if info), labels))
-    for side, label, (_, mapping) in zip(tuned, labels[1:], found, strict=True):
-        known = set(mapping.values())
-        for name, info in side.tensors.items():
-            if name not in known:
-                reason = _stored_fault(info, side, label) or _absence(side, info, label, base, "base")
-                skipped.append(Skipped(name, reason))
+    skipped += _additions(sides, labels, found)
     if not matched:
         why = "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:3])
         raise CheckpointError(f"no tensor of {base.path} can be compared with its namesake: {why}.")
@@ -242,105 +211,45 @@ def _read(side: Checkpoint, info: TensorInfo, start: int, stop: int, flat: bool)
     return side.read_rows(info.name, start, stop) if info.shape else side.read(info.name)
 
 
-# ---- why a tensor is not compared
-
-
-def _fault(name: str, infos: list[TensorInfo | None], sides: tuple[Checkpoint, ...], labels: list[str]) -> str | None:
-    """Why the tensor that the base calls ``name`` cannot be compared; None where it can."""
-    reasons = []
-    for info, side, label in zip(infos, sides, labels, strict=True):
-        if info is not None and (reason := _stored_fault(info, side, label)):
-            reasons.append(reason)
-    base = infos[0]
-    assert base is not None
-    for info, side, label in zip(infos[1:], sides[1:], labels[1:], strict=True):
-        if info is None:
-            reasons.append(_absence(sides[0], base, "base", side, label))
-        elif not reasons and info.shape != base.shape:
-            reasons.append(f"shape {base.shape} in base and {info.shape} in {label}")
-    return "; ".join(reasons) or None
-
-
-def _stored_fault(info: TensorInfo, side: Checkpoint, label: str) -> str | None:
-    """Why the values as ``side`` stores them are no weights that can be compared."""
-    if info.dtype in _FLOATS:
-        owner = _owner(info.name, side.tensors)
-        return f"quantised: belongs to {owner} in {label}" if owner else None
-    by = side.config.quantized_by if info.stored in _PACKED else None
-    if by or info.stored.startswith(("F8", "F6", "F4")) or _has_companion(info.name, side.tensors):
-        return f"quantised{f' by {by}' if by else ''}: stored as {info.stored} in {label}"
-    return f"holds {info.stored} values in {label}, which are no floating-point weights"
-
-
-def _owner(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The quantised tensor that ``name`` holds scales or a code book of."""
-    for ending in _COMPANIONS:
-        if name.endswith(ending):
-            stem = name.removesuffix(ending)
-            for owner in (stem, f"{stem}.weight", f"{stem}.qweight", f"{stem}.weight_packed"):
-                if owner in tensors and tensors[owner].dtype not in _FLOATS:
-                    return owner
-    return None
-
-
-def _has_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    module = name.rpartition(".")[0]
-    return any(stem + ending in tensors for ending in _COMPANIONS for stem in (name, module))
-
-
-def _absence(holder: Checkpoint, info: TensorInfo, label: str, other: Checkpoint, other_label: str) -> str:
-    """Why ``other`` lacks a tensor that ``holder`` has: tied away, quantised under another name, or just missing."""
-    absent = f"missing in {other_label}"
-    for ends, partners in ((HEADS, EMBEDDINGS), (EMBEDDINGS, HEADS)):
-        if _ends(info.name, ends):
-            for twin in holder.tensors.values():
-                if _ends(twin.name, partners) and (twin.shape, twin.stored) == (info.shape, info.stored):
-                    if _same_content(holder, info.name, twin.name):
-                        return f"tied: the same content as {twin.name} in {label}, and {absent}"
-                    tie = "whose config.json ties" if other.config.tie_word_embeddings else "which may tie"
-                    return f"{absent}, {tie} it to {twin.name}; in {label} their contents differ, so it is untied there"
-    stem = info.name.removesuffix(".weight")
-    for ending in (".qweight", ".weight_packed"):
-        packed = other.tensors.get(stem + ending)
-        if packed is not None and packed.dtype not in _FLOATS:
-            return f"quantised: {other_label} holds {packed.name} ({packed.stored}) in its place"
-    return absent
-
-
-def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
-
-
-def _same_content(side: Checkpoint, first: str, second: str) -> bool:
-    info = side.tensors[first]
-    if info.dtype is None:
-        return False
-    step = _COMPARED // info.dtype.itemsize
-    for start in range(0, info.numel, step):
-        stop = min(start + step, info.numel)
-        a, b = (side.read_entries(name, start, stop).view(torch.uint8) for name in (first, second))
-        if not torch.equal(a, b):
-            return False
-    return True
+def _additions(sides: tuple[Checkpoint, ...], labels: list[str], found: list[_Names]) -> list[Skipped]:
+    """What tuned checkpoints hold and the base does not: one entry for a tensor, with the reasons that differ."""
+    extra: dict[str, tuple[str, list[str]]] = {}  # by the name that the base would have for it
+    for side, label, (rename, mapping) in zip(sides[1:], labels[1:], found, strict=True):
+        known = set(mapping.values())
+        for name in [name for name in side.tensors if name not in known]:
+            info = side.tensors[name]
+            _, reasons = extra.setdefault(rename.base + name.removeprefix(rename.tuned), (name, []))
+            reasons.append(stored_fault(info, side, label) or absence(side, info, label, sides[0], "base"))
+    return [Skipped(name, "; ".join(dict.fromkeys(reasons))) for name, reasons in extra.values()]
 
 
 def _match(infos: tuple[TensorInfo, ...], labels: list[str]) -> Matched:
-    dtypes = [info.dtype for info in infos if info.dtype is not None]
-    common = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    if len(set(dtypes)) == 1:
-        return Matched(infos, common)
     stored = ", ".join(f"{info.stored} in {label}" for info, label in zip(infos, labels, strict=True))
-    name = str(common).removeprefix("torch.")
-    note = f"{stored}: stored values are compared in {name}; in fp32 the rounding to {name} is part of the difference"
-    return Matched(infos, common, note)
+    coarse = {_coarser(infos[0], info) for info in infos[1:] if info.dtype != infos[0].dtype}
+    if not coarse:
+        return Matched(infos)
+    if len(infos) == 2:
+        (name,) = (str(dtype).removeprefix("torch.") for dtype in coarse)
+        rule = f"stored values are compared in {name}; in fp32 the rounding to {name} is part of the difference"
+    else:
+        rule = (
+            "stored values are compared in the coarser dtype of the base and each checkpoint; in fp32 the rounding to "
+            "it is part of the difference"
+        )
+    return Matched(infos, f"{stored}: {rule}")
+
+
+def _coarser(first: TensorInfo, second: TensorInfo) -> torch.dtype:
+    dtypes = [info.dtype for info in (first, second) if info.dtype is not None]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 # ---- names
 
 
-def _find_rename(base: Checkpoint, tuned: Checkpoint, label: str) -> tuple[Rename, dict[str, str]]:
+def _find_rename(base: Checkpoint, tuned: Checkpoint, label: str) -> _Names:
     """The rename under which most tensors meet, and base name -> tuned name under it."""
-    best: list[tuple[Rename, dict[str, str]]] = []
+    best: list[_Names] = []
     most = (0, 0)
     for rename in sorted(
         (Rename(b, t) for b in _chains(base.tensors) for t in _chains(tuned.tensors)),

@@ -9,7 +9,7 @@ left out of a pool; where none is left the pooled one is None.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .results import AuditReport, Change, Overlap, Share, WeightAudit
@@ -56,13 +56,11 @@ class Pooled:
         """The share of entries that bf16 stores unchanged."""
         return 1 - self.changed / self.entries if self.entries else None
 
-    def energy(self, control: str = "sizes") -> float | None:
-        """The share inside both subspaces (or the one that was measured) over its ``control``, "sizes" or "random"."""
-        for side in ("both", "output", "input"):
-            if side in self.shares:
-                below = getattr(self.shares[side], control)
-                return self.shares[side].value / below if below > 0 else None
-        return None
+    @property
+    def energy(self) -> float | None:
+        """The share inside both subspaces over what the sizes of the entries alone give."""
+        share = self.shares.get("both")
+        return share.value / share.sizes if share is not None and share.sizes > 0 else None
 
 
 def ratio(overlap: Overlap | None) -> float | None:
@@ -145,12 +143,6 @@ def labels(report: AuditReport) -> list[str]:
     """The tuned checkpoints' labels, each different from the others."""
     names = [source.label for source in report.sources[1:]]
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
-
-
-def values(weights: Iterable[WeightAudit], tuned: int, read: Callable[[Change], float | None]) -> list[float]:
-    """``read`` of every change where it is there and finite."""
-    found = [read(weight.changes[tuned]) for weight in weights]
-    return [value for value in found if value is not None and math.isfinite(value)]
 
 
 def _largest(found: Iterable[float]) -> float | None:

@@ -28,7 +28,8 @@ class Matched:
     """Changes on and off the principal mask among entries of the same magnitude, over 64 quantile bins of |W0|.
 
     ``coverage``: the share of the principal entries that have a partner. Rates are shares of changed entries, energies
-    mean squared changes. ``error``: the standard error of log(rate / other_rate), None where a rate is 0.
+    mean squared changes. ``error``: the standard error of log(rate / other_rate) if every entry changed independently
+    of the others; entries that move together (rows, low rank) make it too small. None where a rate is 0.
     """
 
     rate: float
@@ -130,19 +131,27 @@ class Map:
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """How often entries changed, by |W0|: at most 64 quantile bins, ascending. ``size``: the bin's mean |W0|."""
+    """How often entries changed, by |W0|: at most 64 quantile bins, ascending. ``size``: the bin's mean |W0|.
+
+    ``entries``: what the bins hold, much the same but where many entries are of one size (a pruned weight's zeros).
+    ``rate``: the share of them that changed; ``principal_rate``: of those on the principal mask, None in a bin that has
+    none of them, and None for all where there was no mask.
+    """
 
     size: list[float]
+    entries: list[int]
     rate: list[float]
-    principal_rate: list[float]  # of the entries on the principal mask; 0 where the bin has none, empty without a mask
+    principal_rate: list[float | None] | None
 
 
 @dataclass(frozen=True)
-class Change:
-    """One weight of one tuned checkpoint against the base.
+class Entrywise:
+    """What is a sum over the entries of one weight, of one tuned checkpoint against the base.
 
     ``changed``: entries whose bf16 value is another (the paper's Definition 2.1). ``stored_changed``: entries that
-    differ in the coarser of the dtypes they are stored in. ``nonfinite``: NaN and infinite entries, base and tuned.
+    differ in the coarser of the dtypes they are stored in. ``norm``, ``largest``: ||dW||_F and max |dW| of the stored
+    values in fp32. ``nonfinite``: NaN and infinite entries, base and tuned; ``norm`` and ``largest`` leave them out,
+    and all below is None.
     """
 
     changed: int
@@ -159,10 +168,16 @@ class Change:
     both: Share | None = None
     rows: Stripes | None = None
     columns: Stripes | None = None
+    map: Map | None = None
+
+
+@dataclass(frozen=True)
+class Change(Entrywise):
+    """One weight of one tuned checkpoint against the base."""
+
     spectrum: Spectrum | None = None
     angles: Angles | None = None
     bounds: dict[str, Inequality] = field(default_factory=dict)  # "weyl", "mirsky", "ky_fan"
-    map: Map | None = None
     route: str = ""  # "fast", "exact", or why a fast answer was computed again exactly
     notes: list[str] = field(default_factory=list)
 

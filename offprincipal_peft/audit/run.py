@@ -239,7 +239,7 @@ class _Work:
     def _streamed(self, match: Matched) -> tuple[float, list[Change], Any]:
         """Counts alone, a few blocks in memory."""
         patterns = self._patterns(match)
-        counts, squares = [Counts(match.common) for _ in match.infos[1:]], 0.0
+        counts, squares = [Counts(match.common(i)) for i in range(len(match.infos) - 1)], 0.0
         for block in iterate(dataclasses.replace(self.pairing, matched=(match,)), ENTRIES, flat=True):
             base, *tuned = (tensor.to(self.device) for tensor in block.tensors)
             squares += squared_norm(base)
@@ -264,7 +264,7 @@ class _Work:
         changes = []
         for i, (info, side) in enumerate(zip(match.infos[1:], self.pairing.checkpoints[1:], strict=True)):
             tuned = side.read(info.name).to(self.device)
-            entries = compare(reference, tuned, common=match.common, patterns=patterns, index=i)
+            entries = compare(reference, tuned, common=match.common(i), patterns=patterns, index=i)
             fields: dict[str, Any] = {}
             said = []
             if any(entries.nonfinite):

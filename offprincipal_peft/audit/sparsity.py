@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..geometry.precision import count_changed
 from .checkpoints import Checkpoint, open_checkpoint
+from .counts import as_bf16, bits_of
 from .pairing import Block, Matched, Rename, Skipped, iterate, pair
 
 _WORDS = 65_535  # 64-bit words of 16-bit counters that are summed at once; one more would overflow a counter
 _ENTRIES = 16 * _WORDS  # of a block, about 2^20: fewer, and the calls cost as much as the passes
-_MINUS_ZERO = -(1 << 15)  # the bits of -0.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Tally:
                 self.nan[side] += int(tensor.isnan().sum())
                 self.inf[side] += int(tensor.isinf().sum())
                 finite = False
-        before, after = (_as_bf16(tensor, self.match.common) for tensor in block.tensors)
+        before, after = (as_bf16(tensor, self.match.common()) for tensor in block.tensors)
         self.changed += _count_finite(before, after) if finite else count_changed(before, after)
 
     def result(self) -> TensorSparsity:
@@ -129,22 +129,12 @@ def _summed(dtype: torch.dtype) -> torch.dtype | None:
     return torch.float32 if dtype == torch.float16 else None
 
 
-def _as_bf16(tensor: Tensor, common: torch.dtype) -> Tensor:
-    """Rounded to ``common``, then to bf16; fp16 through fp32, which is exact and ten times faster."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor
-    tensor = tensor.to(common)
-    return (tensor.float() if common == torch.float16 else tensor).to(torch.bfloat16)
-
-
 def _count_finite(before: Tensor, after: Tensor) -> int:  # bf16, both 1-D of one length, no NaN
     """How many entries differ, from their bits. ``before`` is overwritten."""
     count = before.numel()
     if not count:
         return 0
-    first, second = before.view(torch.int16), after.view(torch.int16)
-    if any(int(bits.amin()) == _MINUS_ZERO for bits in (first, second)):
-        first, second = (bits.masked_fill(bits == _MINUS_ZERO, 0) for bits in (first, second))
+    first, second = bits_of(before, after)
     flags = torch.ne(first, second, out=first)  # 0 or 1 as int16: as bool it is seven times slower
     ragged = count % 4
     words = flags[: count - ragged].view(torch.int64)

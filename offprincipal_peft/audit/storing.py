@@ -16,6 +16,7 @@ import os
 import tempfile
 import types
 import zlib
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -51,6 +52,14 @@ def from_json(data: Any) -> AuditReport:
         )
     report = _restored({key: value for key, value in data.items() if key != "format"}, AuditReport, "")
     assert isinstance(report, AuditReport)
+    tuned = max(0, len(report.sources) - 1)
+    found = [("verdicts", len(report.verdicts))]
+    found += [(f"weights[{i}].changes", len(weight.changes)) for i, weight in enumerate(report.weights)]
+    for where, count in found:
+        if count != tuned:
+            raise AuditFormatError(
+                f"{where} should be a list of {tuned}, one for each tuned checkpoint, not of {count}"
+            )
     return report
 
 
@@ -96,13 +105,21 @@ def read_json_report(path: str | Path) -> AuditReport:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Put ``text`` (as UTF-8) at ``path`` in one step; missing folders are made."""
-    path = Path(path)
+    """Put ``text`` (as UTF-8) at ``path`` in one step; missing folders are made.
+
+    A link's target is written; what is no file, a pipe for instance, is written to. What UTF-8 cannot hold (names that
+    are no text) becomes ``\\udcff``, which JSON reads as what it was.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=".audit-", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         os.chmod(temporary, mode)
         os.replace(temporary, path)
@@ -163,7 +180,8 @@ def _restored(value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, str) and value in _SPECIAL:
             return _SPECIAL[value]
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with suppress(OverflowError):
+                return float(value)
         raise _misfit(value, "a number", where)
     if kind in (int, str, bool):
         if type(value) is not kind:

@@ -188,7 +188,8 @@ def fast_error(weights: Sequence[WeightAudit], mode: str) -> str:
         parts.append(f"NSS by at most {max(s.error for s in shifts):.0e}")
     if angles:
         parts.append(f"angles by at most {math.degrees(max(a.error for a in angles)):.0e} degrees")
-    more = f" {len(again)} of {len(changes)} weights passed neither and were decomposed exactly." if again else ""
+    count = f"{len(again)} of {len(changes)} weights"
+    more = f" {count} met neither limit and were decomposed exactly instead." if again else ""
     return (
         f"Fast mode: against exact SVDs it may be off in {', '.join(parts)}; each figure's own error is within 1 % of "
         f"it, or within 1e-6 absolute.{more}"

@@ -45,7 +45,8 @@ def share_text(value: float | None) -> str:
         return NONE
     per_cent = 100 * value
     near = min(abs(per_cent), abs(100 - per_cent))
-    decimals = 1 if near >= 0.95 or near == 0 else min(6, 1 - math.floor(math.log10(near)))
+    # One entry of 10^10 is told from none; what is nearer is rounding.
+    decimals = 1 if near >= 0.95 or near < 5e-9 else 1 - math.floor(math.log10(near))
     return f"{per_cent:.{decimals}f}".replace("-", "−")
 
 
@@ -177,14 +178,20 @@ def bounds_table(report: AuditReport, tuned: int, label: str, by_kind: bool = Tr
 
 def _worst(found: Sequence[tuple[str, Bound]], sine: bool) -> list[str]:
     """The cells of one row: sides, slack, whether it holds and how many weights break it."""
-    name, bound = max(found, key=lambda item: (not item[1].holds, item[1].tightness))
+
+    def closeness(item: tuple[str, Bound]) -> tuple[bool, bool, float]:
+        still = item[1].left == item[1].right == 0  # an equality, but of a weight that did not change
+        return not item[1].holds, not still, item[1].tightness
+
+    name, bound = max(found, key=closeness)
     broken = sum(not b.holds for _, b in found)
     empty = sum(b.vacuous for _, b in found) if sine else 0
     holds = "yes" if bound.holds else "no"
     if empty:
         holds += f" (says nothing for {empty} of {len(found)})"
-    sides = [_side(bound.left), _side(bound.right), _side(bound.slack), f"{100 * bound.tightness:.3g} %"]
-    return [*sides, holds, f"{broken} of {len(found)}", name]
+    quotient = f"{100 * bound.tightness:.3g} %" if bound.right > 0 else NONE
+    sides = [_side(bound.left), _side(bound.right), _side(bound.slack)]
+    return [*sides, quotient, holds, f"{broken} of {len(found)}", name]
 
 
 def inequality(weight: WeightAudit, tuned: int, key: str) -> Inequality | None:

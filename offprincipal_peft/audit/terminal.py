@@ -44,7 +44,7 @@ _COLUMNS = (
     _Column(
         "energy/",
         "sizes",
-        lambda row: times_text(row.energy()),
+        lambda row: times_text(row.energy),
         "share of ‖ΔW‖² inside the top-k subspaces, over that of the same entry sizes with random signs",
     ),
     _Column(
@@ -54,7 +54,10 @@ _COLUMNS = (
         "share of the changed entries on the principal mask, over its density",
     ),
     _Column(
-        "M_low/", "chance", lambda row: times_text(ratio(row.low)), "the same for the mask of the smallest weights"
+        "M_low/",
+        "chance",
+        lambda row: times_text(ratio(row.low)),
+        "share of the changed entries on the mask of the smallest weights, over its density",
     ),
     _Column(
         "on/off",
@@ -134,6 +137,8 @@ class _Writer:
     ascii: bool = False
 
     def plain(self, text: str) -> str:
+        # Names come from files: none may move a terminal's cursor.
+        text = "".join(c if c.isprintable() else "�" for c in text)
         if self.ascii:
             for character, other in _ASCII.items():
                 text = text.replace(character, other)
@@ -220,5 +225,6 @@ def _remarked(report: AuditReport, writer: _Writer) -> str:
 
 
 def _closing(report: AuditReport, writer: _Writer) -> str:
-    parts = [f"Error: {report.error}" if report.error else "", f"{report.seconds:.3g} s on {report.settings.device}"]
+    seconds = f"{report.seconds:.3g}" if report.seconds < 999.5 else f"{report.seconds:,.0f}"
+    parts = [f"Error: {report.error}" if report.error else "", f"{seconds} s on {report.settings.device}"]
     return writer.wrapped(". ".join(part.rstrip(".") for part in parts if part) + ".")

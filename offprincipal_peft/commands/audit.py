@@ -6,8 +6,12 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import DONE, Refused, words
+
+if TYPE_CHECKING:
+    from ..audit import Checkpoint
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..audit import AdapterFolder, audit, open_checkpoint
+    from ..audit import audit, open_checkpoint
     from ..audit.page import write_page
     from ..audit.storing import write_json
     from ..audit.terminal import terminal_report
@@ -54,15 +58,7 @@ def run(options: argparse.Namespace) -> int:
         raise Refused(f"--json and --html would both write {options.json}; give each a file of its own")
     with ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(options.base))
-        tuned = []
-        for path in options.tuned:
-            try:
-                side = open_checkpoint(path)
-            except AdapterFolder:
-                from ..interop.audit_source import open_adapter  # imports much that checkpoints do not need
-
-                side = open_adapter(path, base, adapter_name=options.adapter_name)
-            tuned.append(stack.enter_context(side))
+        tuned = [stack.enter_context(_opened(path, base, options.adapter_name)) for path in options.tuned]
         report = audit(
             base,
             *tuned,
@@ -87,9 +83,28 @@ def run(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _opened(path: Path, base: Checkpoint, adapter_name: str) -> Checkpoint:
+    """A checkpoint, or ``base`` with the adapter at ``path`` merged into it."""
+    from ..audit import AdapterFolder, CheckpointError, open_checkpoint
+
+    try:
+        return open_checkpoint(path)
+    except AdapterFolder as found:
+        folder = found.path
+    except CheckpointError:
+        # PEFT saves an adapter that is not called default into a subfolder, and may leave nothing beside it.
+        if any(path.glob("*.safetensors*")) or not any(path.glob("*/adapter_config.json")):
+            raise
+        folder = path
+    from ..interop.audit_source import open_adapter  # imports much that checkpoints do not need
+
+    return open_adapter(folder, base, adapter_name=adapter_name)
+
+
 def _shown(done: int, total: int, name: str) -> None:
     """One line that is written over."""
     end = "\n" if done == total else ""
+    name = "".join(c if c.isprintable() else "�" for c in name)
     print(f"\r{100 * done // max(total, 1):3d} %  {name[:70]:70s}", end=end, file=sys.stderr, flush=True)
 
 
@@ -97,4 +112,8 @@ def _rank(text: str) -> int | float:
     try:
         return int(text)
     except ValueError:
+        pass
+    try:
         return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of directions nor a fraction") from None

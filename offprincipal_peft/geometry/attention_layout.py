@@ -24,9 +24,19 @@ _FUSED = {"c_attn": "c_proj", "qkv_proj": "o_proj"}
 _LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj")
 _UNKNOWN = ("query_key_value", "Wqkv", "W_pack", "in_proj_weight", "qkv", "query", "to_q", "wq")
 _MARKERS = frozenset((*_SEPARATE[:3], *_FUSED, *_LATENT, *_UNKNOWN, "q_attn"))
-_BUFFERS = ("bias", "masked_bias")  # GPT-2's causal mask
+_BUFFERS = ("bias", "masked_bias")  # GPT-2's causal mask, one for all heads: (1, 1, n, n), and a number
 _CHILDREN = frozenset((*_SEPARATE, "c_attn", "c_proj", "qkv_proj", "q_norm", "k_norm", "rotary_emb"))
-_QUANTISED = ("qweight", "qzeros", "scales", "g_idx", "SCB", "weight_scale", "weight_scale_inv", "weight_format")
+_QUANTISED = (
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "SCB",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_format",
+    "weight_packed",
+)
 
 
 class Part(NamedTuple):
@@ -184,7 +194,9 @@ def find_layouts(
 
     Known: `q_proj`, `k_proj`, `v_proj`, `o_proj` with biases, qk-norms and sinks (Llama, Qwen2, Qwen3, Mistral, Gemma
     to Gemma 3, OLMo 2, gpt-oss), `qkv_proj` with `o_proj` (Phi-3), and GPT-2's `c_attn` with `c_proj`. Numbers that
-    are not given come from the block or its `config`; a state dict has neither, so it needs `num_attention_heads`.
+    are not given come from the block or its `config`; a state dict has neither, so it needs `num_attention_heads`, and
+    what only a config or a module without tensors tells (`clip_qkv`, ALiBi, keys and values that other layers read, as
+    in Gemma 3n) is not seen there.
     Without `num_key_value_heads` there are as many as query heads; without `head_dim` it is d_in / heads.
 
     Args:
@@ -267,7 +279,8 @@ def _layout(block: str, tensors: Mapping[str, Tensor], facts: _Facts) -> Attenti
     if missing := [name for name in dict.fromkeys(projections) if f"{name}.weight" not in inside]:
         raise ValueError(where + _why_missing(missing, inside))
     known = {f"{name}.{kind}" for name in projections for kind in ("weight", "bias")}
-    known |= {"q_norm.weight", "k_norm.weight", "sinks", *_BUFFERS}
+    known |= {"q_norm.weight", "k_norm.weight", "sinks"}
+    known |= {name for name in _BUFFERS if name in inside and tuple(inside[name].shape[:2]) in ((), (1, 1))}
     unknown = [name for name in inside if name not in known and not name.startswith("rotary_emb.")]
     if unknown:
         raise ValueError(where + _why_unknown(unknown))
@@ -302,6 +315,7 @@ def _build(
 
     q, k, v, o = projections
     norms = {inside[f"{n}.weight"].numel() for n in ("q_norm", "k_norm") if place(n)}
+    rotates = hasattr(facts.module, "rotary_emb") or any(name.startswith("rotary_emb.") for name in inside)
     return AttentionLayout(
         name=block,
         n_heads=heads,
@@ -321,7 +335,7 @@ def _build(
         key_norm=place("k_norm"),
         norm_width=None if not norms else "head" if norms == {head_dim} else "all",
         per_head=(f"{prefix}sinks",) if "sinks" in inside else (),
-        rotary=q != "c_attn",
+        rotary=q != "c_attn" or rotates,
     )
 
 

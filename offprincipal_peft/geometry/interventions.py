@@ -13,8 +13,8 @@ weights, updates and masks along:
   from the rotated weight (:meth:`Intervention.recompute_mask`), and figures that do not depend on coordinates, such as
   :func:`energy_shares`, can be compared as they are.
 
-Trade-off: one fp64 copy of a tensor at a time, so that a rotation costs a single rounding to the storage dtype.
-Permutations move bytes and round nothing.
+Trade-off: fp64 copies of one tensor at a time, so that a rotation costs a single rounding to the storage dtype (for 16
+bits torch's own, which passes through fp32). Permutations move bytes and round nothing.
 
 Source: 2511.08567, its Proposition D.1 for the rotation and the permutation.
 """
@@ -192,14 +192,16 @@ class Intervention:
         `build_mask` of the new weight. The principal score moves with the basis: W' = T W with T orthogonal has the
         reconstruction W'_(k) = T W_(k), so `principal` is the mask of |T W_(k)|: not the old mask carried, which does
         not exist, but what the same rule says of the same matrix in new coordinates. `low` is made again likewise;
-        `random` is drawn as for the old weight and does not move.
+        `random` is drawn as for the old weight and does not move. Draws go by the layer's name (`name` without
+        ``.weight``), as those of the sparse method do, whose masks therefore compare with these.
 
         Raises ``ValueError`` for a tensor that is not 2-D, and as :func:`build_mask` and :meth:`carry_weight`.
         """
         turned = any(self._rotation(part) is not None for part in self._parts_of(weight, name))
         weight = self._moved(weight, name) if turned else weight
         flip = self.layout.transposed and weight.ndim == 2
-        entries = build_mask(weight.T.contiguous() if flip else weight, expression, options, name=name).entries
+        layer = name.removesuffix(".weight")
+        entries = build_mask(weight.T.contiguous() if flip else weight, expression, options, name=layer).entries
         entries = entries.T.contiguous() if flip else entries
         return entries if turned else self.carry_mask(entries, name)
 

@@ -66,10 +66,10 @@ def kl_leash(
     if not policy.shape == tuned.shape == sampler.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (policy, tuned, sampler))
         raise ValueError(f"policy, tuned and sampler must have the same shape, got {shapes}")
-    before, after = _log_policy(policy, "policy"), _log_policy(tuned, "tuned")
+    before, after, drawn = _log_policy(policy, "policy"), _log_policy(tuned, "tuned"), _log_policy(sampler, "sampler")
     target = tilted_policy(sampler, rewards, beta)
     eps = max(torch.finfo(x.dtype).eps for x in (policy, tuned, sampler))
-    (left, error), (right, target_error) = _kl(after, before), _kl(target, before)
+    (left, error), (right, target_error) = _kl(after, before, after), _kl(target, before, drawn)
     return Bound(left, right, 8 * eps * (error + target_error), asymptotic=True)
 
 
@@ -87,12 +87,16 @@ def _log_policy(log_probs: Tensor, name: str) -> Tensor:
     return torch.log_softmax(values, -1)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> tuple[float, float]:
-    """Mean KL(p || q) as a sum of terms >= 0, which keeps small divergences, and its change per unit of rounding."""
+def _kl(log_p: Tensor, log_q: Tensor, given: Tensor) -> tuple[float, float]:
+    """Mean KL(p || q) as a sum of terms >= 0, which keeps small divergences, and its change per unit of rounding.
+
+    ``given``: the log-probabilities that p was made of: a tilt leaves their rounding as large as it was.
+    """
     p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
     terms = torch.where(d.abs() < 1, p * (d + torch.expm1(-d)), p * d - p + q)
     terms = torch.where(p > 0, terms, q)
-    error = (p * d.abs() + (p - q).abs()) * (1 + log_p.abs() + log_q.abs())  # the terms' derivatives
+    slope = p * (d - terms.sum(-1, keepdim=True)).abs() + (p - q).abs()  # by the logits of p and of q
+    error = slope * (1 + torch.maximum(log_p.abs(), given.abs()) + log_q.abs())
     error = torch.where(error.isfinite(), error, 0.0)
     return max(0.0, float(terms.sum(-1).mean())), float(error.sum(-1).mean())
 

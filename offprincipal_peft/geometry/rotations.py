@@ -1,4 +1,4 @@
-"""Random orthogonal matrices for the channels of a head, in fp64 and the same on every machine for a seed."""
+"""Random orthogonal matrices for the channels of a head, in fp64; for a seed the same everywhere, up to rounding."""
 
 from __future__ import annotations
 

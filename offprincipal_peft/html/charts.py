@@ -51,21 +51,29 @@ class Scale:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values inside, at most about ``count``; powers of ten (and 2, 5 where few) on a logarithmic scale."""
-        if self.log:
-            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            for steps in ((1, 2, 5), (1, 3), (1,)):
-                found = [step * 10.0**p for p in range(first, last + 1) for step in steps]
-                found = [v for v in found if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
-                if len(found) <= count + 1:
-                    return found
-            return found[:: math.ceil(len(found) / count)]
+        """Round values inside, at most about ``count``; powers of ten (and 2, 5 where few) on a logarithmic scale.
+
+        A range of a logarithmic scale that holds none or one of them gets the linear scale's.
+        """
+        if self.log and (found := self._powers(count)):
+            return found
         rough = (self.high - self.low) / (count + 2)
-        power = 10.0 ** math.floor(math.log10(rough))
+        exponent = math.floor(math.log10(rough))
+        power = 10.0**exponent
         step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
         step = max(1.0, math.ceil(step)) if self.whole else step
         first = math.ceil(self.low / step - 1e-9)
-        return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return [round(i * step, 2 - exponent) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+    def _powers(self, count: int) -> list[float]:
+        """What :meth:`ticks` says of logarithmic scales; none for less than two."""
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        for steps in ((1, 2, 5), (1, 3), (1,)):
+            found = [step * 10.0**p for p in range(first, last + 1) for step in steps]
+            found = [v for v in found if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
+            if len(found) <= count + 1:
+                return found if len(found) > 1 else []
+        return found[:: math.ceil(len(found) / count)]
 
 
 @dataclass
@@ -95,15 +103,26 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def number(value: float) -> str:
-    """A tick or value in few characters: 0.0002 → 2e-4."""
+def number(value: float, more: int = 0) -> str:
+    """A tick or value in few characters: 0.0002 → 2e-4. Three or four digits, and ``more``."""
     if value == 0:
         return "0"
     if abs(value) < 1e-3 or abs(value) >= 1e5:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        mantissa = mantissa.rstrip("0").rstrip(".")
+        mantissa, _, exponent = f"{value:.{2 + more}e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
-    return f"{value:.4g}".replace("-", "−")
+    whole = abs(value) >= 9999.5  # from here on four digits would be written as a power
+    return (f"{value:.{more}f}" if whole else f"{value:.{4 + more}g}").replace("-", "−")
+
+
+def tick_texts(values: Sequence[float], percent: bool = False) -> list[str]:
+    """The numbers of an axis, with the digits that tell each from its neighbours."""
+    shown = [100 * value if percent else value for value in values]
+    for more in range(12):
+        texts = [number(value, more) for value in shown]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def style(colour: int) -> str:
@@ -115,7 +134,7 @@ def lines(frame: Frame, series: Sequence[Series], describe: str = "") -> str:
     """A chart of lines with bands, as an ``<svg>`` element; ``describe`` is its text for who cannot see it."""
     x_low, x_high, y_low, y_high = frame.limits or limits(frame, series)
     y = Scale(y_low, y_high, frame.height - 40.0, 12.0, frame.log_y)
-    longest = max((len(_tick(frame, value)) for value in _y_ticks(frame, y)), default=0)
+    longest = max(map(len, tick_texts(_y_ticks(frame, y), frame.percent)), default=0)
     # Room for what a phone enlarges; the label of the axis stands left of it.
     left = max(50.0, 24 + 7.4 * longest) if frame.width >= WIDTH else max(40.0, 10 + 7.0 * longest)
     x = Scale(x_low, x_high, left, frame.width - 12.0, frame.log_x, frame.whole_x)
@@ -165,15 +184,17 @@ def svg(width: float, height: float, title: str, describe: str, parts: Sequence[
 
 def _axes(frame: Frame, x: Scale, y: Scale) -> str:
     parts = []
-    for value in _y_ticks(frame, y):
+    values = _y_ticks(frame, y)
+    for value, text in zip(values, tick_texts(values, frame.percent), strict=True):
         at = y(value)
         parts.append(f'<line class="grid" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
         place = f'x="{x.start - 6:.1f}" y="{at + 3.5:.1f}"'
-        parts.append(f'<text {place} text-anchor="end">{_tick(frame, value)}</text>')
-    for value in frame.x_ticks or x.ticks(2 if frame.width < 300 else 6):
+        parts.append(f'<text {place} text-anchor="end">{text}</text>')
+    values = list(frame.x_ticks or x.ticks(2 if frame.width < 300 else 6))
+    for value, text in zip(values, tick_texts(values), strict=True):
         at = x(value)
         parts.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.start + 4:.1f}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{y.start + 16:.1f}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{y.start + 16:.1f}" text-anchor="middle">{text}</text>')
     parts.append(f'<line class="axis" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{y.start:.1f}" y2="{y.start:.1f}"/>')
     middle = (x.start + x.end) / 2
     parts.append(
@@ -187,10 +208,6 @@ def _axes(frame: Frame, x: Scale, y: Scale) -> str:
 
 def _y_ticks(frame: Frame, y: Scale) -> list[float]:
     return y.ticks(2 if frame.width < 300 else 5)
-
-
-def _tick(frame: Frame, value: float) -> str:
-    return number(100 * value if frame.percent else value)
 
 
 def _shade(frame: Frame, x: Scale, y: Scale) -> str:
@@ -258,9 +275,10 @@ def forest(title: str, label: str, bars: Sequence[Bar], line: float | None = Non
     parts = []
     for i in range(0, len(bars), 2):
         parts.append(f'<rect class="stripe" x="0" y="{top + row * i:.1f}" width="{WIDTH:g}" height="{row:g}"/>')
-    for value in x.ticks(5):
+    values = x.ticks(5)
+    for value, text in zip(values, tick_texts(values), strict=True):
         parts.append(f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
-        parts.append(f'<text x="{x(value):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text x="{x(value):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{text}</text>')
     if line is not None:
         parts.append(f'<line class="base" x1="{x(line):.1f}" x2="{x(line):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
     for i, bar in enumerate(bars):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .charts import WIDTH, Scale, escape, number, style, svg
+from .charts import WIDTH, Scale, escape, number, style, svg, tick_texts
 
 
 @dataclass
@@ -25,16 +25,17 @@ def marks(
     line: float | None = None,
     percent: bool = False,
     zero: bool = True,
+    reach: Sequence[float] = (),
 ) -> str:
     """One row for each name with its marks on one axis named ``label``; ``line``: where a dashed line stands.
 
-    ``zero``: the axis begins there where no value is below; ``percent``: values are shares. Raises ``ValueError``
-    without a mark.
+    ``zero``: the axis begins there where no value is below; ``percent``: values are shares; ``reach``: what else the
+    axis must hold, so that charts side by side have one scale. Raises ``ValueError`` without a mark.
     """
     found = [mark.value for _, row in rows for mark in row]
     if not found:
         raise ValueError(f"the chart '{title}' has no marks")
-    found += ([line] if line is not None else []) + ([0.0] if zero else [])
+    found += [*reach, *([line] if line is not None else []), *([0.0] if zero else [])]
     low, high = min(found), max(found)
     air = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     named = min(175.0, 16 + 7.8 * max(len(name) for name, _ in rows))
@@ -45,8 +46,8 @@ def marks(
         f'<rect class="stripe" x="0" y="{top + high_row * i:.1f}" width="{WIDTH:g}" height="{high_row:g}"/>'
         for i in range(0, len(rows), 2)
     ]
-    for value in x.ticks(5):
-        text = number(100 * value if percent else value)
+    values = x.ticks(5)
+    for value, text in zip(values, tick_texts(values, percent), strict=True):
         parts.append(f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
         parts.append(f'<text x="{x(value):.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{text}</text>')
     if line is not None:
@@ -87,8 +88,8 @@ def bars(
     y = Scale(0.0, 1.08 * top, height - 40.0, 12.0)
     step = (WIDTH - 12.0 - left) / len(columns)
     parts = []
-    for value in y.ticks(5):
-        text = number(100 * value if percent else value)
+    values = y.ticks(5)
+    for value, text in zip(values, tick_texts(values, percent), strict=True):
         parts.append(f'<line class="grid" x1="{left:g}" x2="{WIDTH - 12:g}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text x="{left - 6:g}" y="{y(value) + 3.5:.1f}" text-anchor="end">{text}</text>')
     wide = min(60.0, 0.7 * step)

@@ -92,7 +92,8 @@ th:first-child{text-align:left;position:sticky;left:0;background:var(--bg)}
 tbody th{font-weight:600}
 tbody th.long{min-width:130px;max-width:230px;white-space:normal}
 tbody th.long span{min-width:0;overflow-wrap:anywhere}
-table.dense th,table.dense td{padding:6px}
+table.dense{font-size:.78rem}
+table.dense th,table.dense td{padding:6px 4px}
 table.dense thead th{min-width:44px}
 tbody tr:hover>*{background:var(--tint)}
 table.text th{text-align:left}

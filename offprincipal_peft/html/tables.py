@@ -77,6 +77,6 @@ def bytes_text(value: float) -> str:
 def count_text(value: float) -> str:
     """4884480 → 4.88 M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
+        if value >= 0.9995 * size:  # three digits of less are 1000 of the unit below
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"

@@ -242,6 +242,10 @@ def _check_method(values: dict[str, Any], source: Path) -> None:
         raise CheckpointError(
             f"{source} replicates layers (layer_replication): no weight of the base is its. {_OTHERWISE}"
         )
+    if values.get("monteclora_config"):
+        raise CheckpointError(
+            f"{source} holds samplers (monteclora_config), which PEFT makes only when the model runs. {_OTHERWISE}"
+        )
     start = str(values.get("init_lora_weights")).lower()
     if kind == "LORA" and start.startswith(_LOST):
         raise CheckpointError(

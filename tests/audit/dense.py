@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offprincipal_peft.audit.counts import Entrywise
-from offprincipal_peft.audit.entrywise import entrywise
-from offprincipal_peft.audit.results import Matched, Overlap
+from offprincipal_peft.audit.entrywise import compare
+from offprincipal_peft.audit.reference import Reference
+from offprincipal_peft.audit.results import Entrywise, Matched, Overlap
 from offprincipal_peft.geometry import Triplets, WeightSpectrum, count_changed, unchanged
 from offprincipal_peft.geometry.masks import MaskOptions, build_mask
 
@@ -39,8 +39,15 @@ def top_of(base: Tensor) -> Triplets:
     return WeightSpectrum(base).top(max(1, min(base.shape) // 8))
 
 
+def entrywise(
+    base: Tensor, tuned: Tensor, *, common: torch.dtype, top: Triplets | None = None, **options: object
+) -> Entrywise:
+    """One comparison with a reference of its own."""
+    return compare(Reference(base, top, **options), tuned, common=common)  # type: ignore[arg-type]
+
+
 def find(base: Tensor, tuned: Tensor, **options: object) -> Entrywise:
-    return entrywise(base, tuned, common=common_of(base, tuned), top=top_of(base), **options)  # type: ignore[arg-type]
+    return entrywise(base, tuned, common=common_of(base, tuned), top=top_of(base), **options)
 
 
 def changed_mask(base: Tensor, tuned: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def _change(
         found["matched"] = Matched(rate, other, 1e-10, 1.1e-10, 0.62, 0.02)
         bins = [math.exp(-6 + 4 * i / 31) for i in range(32)]
         rates = [min(1.0, rate * (2.2 - 1.9 * i / 31)) for i in range(32)]
-        found["magnitudes"] = Magnitudes(bins, rates, [0.0 if i < 4 else 0.95 * r for i, r in enumerate(rates)])
+        on_mask = [None if i < 4 else 0.95 * r for i, r in enumerate(rates)]
+        found["magnitudes"] = Magnitudes(bins, [entries // 32] * 32, rates, on_mask)
     if "stripes" in probes:
         found |= {"rows": _stripes(rng, rate, 1.9), "columns": _stripes(rng, rate, 1.1)}
     if "spectrum" in probes:

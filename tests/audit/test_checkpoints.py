@@ -300,7 +300,7 @@ def test_faults_of_a_folder(tmp_path):
 
 def test_an_adapter_is_refused_with_what_a_caller_needs_to_merge_it(tmp_path):
     save_file({"lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterFolder, match=r"PEFT adapter: factors .* Merge it into its base"):
+    with pytest.raises(AdapterFolder, match=r"PEFT adapter: factors .*audit_source\.open_adapter\(folder, base\)"):
         open_checkpoint(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from audit.dense import F32, PAIRS, changed_mask, common_of, pair
-from offprincipal_peft.audit.counts import Counts, Entrywise, squared_norm
-from offprincipal_peft.audit.entrywise import entrywise
+from audit.dense import F32, PAIRS, changed_mask, common_of, entrywise, pair
+from offprincipal_peft.audit.counts import Counts, squared_norm
 from offprincipal_peft.audit.patterns import Patterns
+from offprincipal_peft.audit.results import Entrywise
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)

@@ -15,6 +15,7 @@ from audit.dense import (
     SHAPES,
     changed_mask,
     close,
+    entrywise,
     find,
     numbers,
     pair,
@@ -28,9 +29,7 @@ from audit.dense import (
 )
 from helpers import DEVICES
 from offprincipal_peft.audit import tiles as tiles_module
-from offprincipal_peft.audit.counts import Entrywise
-from offprincipal_peft.audit.entrywise import entrywise
-from offprincipal_peft.audit.results import Overlap
+from offprincipal_peft.audit.results import Entrywise, Overlap
 from offprincipal_peft.geometry import (
     Triplets,
     WeightSpectrum,
@@ -64,8 +63,12 @@ class TestAgainstDense:
         assert found.magnitudes is not None
         assert found.magnitudes.size == pytest.approx([float(sizes[m].mean()) for m in members], rel=1e-12)
         assert found.magnitudes.rate == pytest.approx([float(changed[m].double().mean()) for m in members], rel=1e-12)
-        on_mask = [float(changed[m & principal].double().mean()) if bool((m & principal).any()) else 0 for m in members]
-        assert found.magnitudes.principal_rate == pytest.approx(on_mask, rel=1e-12)
+        assert found.magnitudes.entries == [int(m.sum()) for m in members]
+        on_mask = [float(changed[m & principal].double().mean()) for m in members]  # NaN where a bin has none
+        rates = found.magnitudes.principal_rate
+        assert rates is not None and [rate is None for rate in rates] == [math.isnan(rate) for rate in on_mask]
+        known = [rate for rate in rates if rate is not None]
+        assert known == pytest.approx([rate for rate in on_mask if not math.isnan(rate)], rel=1e-12)
 
     def test_shares(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         base, tuned = pair(shape, dtypes)

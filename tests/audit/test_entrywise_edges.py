@@ -1,17 +1,32 @@
 """Ties, zeros, what is not finite, extreme sizes, empty matrices, partial requests and refusals."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from audit.dense import BF16, F16, F32, F64, PAIRS, changed_mask, common_of, find, numbers, pair, slow_counts, top_of
+from audit.dense import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    PAIRS,
+    changed_mask,
+    common_of,
+    entrywise,
+    find,
+    numbers,
+    pair,
+    slow_counts,
+    top_of,
+)
 from offprincipal_peft.audit import tiles as tiles_module
-from offprincipal_peft.audit.counts import Counts, Entrywise, squared_norm
-from offprincipal_peft.audit.entrywise import compare, entrywise
+from offprincipal_peft.audit.counts import Counts, squared_norm
+from offprincipal_peft.audit.entrywise import compare
 from offprincipal_peft.audit.patterns import Patterns
 from offprincipal_peft.audit.reference import PROBES, Reference
-from offprincipal_peft.audit.results import Overlap
+from offprincipal_peft.audit.results import Entrywise, Overlap
 from offprincipal_peft.geometry import Triplets, WeightSpectrum, count_changed, lowest_mask, overlap
 from offprincipal_peft.geometry.masks import MaskOptions, build_mask
 
@@ -36,6 +51,16 @@ def test_principal_ties_go_to_the_lowest_index(monkeypatch: pytest.MonkeyPatch) 
         assert reference.codes is not None and torch.equal((reference.codes & 1).bool(), mask)
         found = compare(reference, tuned, common=BF16)
         assert found.principal == Overlap(*overlap(mask, changed_mask(base, tuned)))
+
+
+@pytest.mark.parametrize(("density", "on_mask"), [(0.1, 0), (0.9, 4)])
+def test_a_mask_of_no_entry_or_of_every_one(density: float, on_mask: int) -> None:
+    """A matrix of four entries: a tenth of it is none, nine tenths are all, and neither leaves pairs to match."""
+    base, tuned = pair((2, 2), share=1.0)
+    found = find(base, tuned, principal_density=density)
+    assert found.principal == Overlap(on_mask / 4, on_mask / 4) and found.matched is None
+    assert found.magnitudes is not None and found.magnitudes.principal_rate is not None
+    assert sum(rate is not None for rate in found.magnitudes.principal_rate) == on_mask
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
@@ -72,6 +97,11 @@ def test_the_zeros_are_one_number(dtypes: tuple[torch.dtype, torch.dtype]) -> No
     tuned[2] = 1.0
     found = entrywise(base, tuned, common=common_of(base, tuned))
     assert (found.changed, found.stored_changed, found.largest) == (1, 1, 2.0)
+    plain, signed = torch.zeros(6, 8, dtype=dtypes[0]), -torch.zeros(6, 8, dtype=dtypes[1])
+    plain[0], signed[0], signed[1] = 1.0, 1.0, 2.0
+    for sides in ((plain, signed), (signed, plain)):  # of either sign on one side alone
+        found = entrywise(*sides, common=common_of(*sides))
+        assert (found.changed, found.stored_changed, found.largest) == (8, 8, 2.0)
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
@@ -161,7 +191,7 @@ def test_without_bases_what_needs_them_is_none() -> None:
     everything, found = find(base, tuned), entrywise(base, tuned, common=BF16)
     none = dict.fromkeys(("principal", "matched", "output", "input", "both"))
     assert everything.magnitudes is not None
-    sizes = dataclasses.replace(everything.magnitudes, principal_rate=[])
+    sizes = dataclasses.replace(everything.magnitudes, principal_rate=None)
     assert numbers(found) == numbers(dataclasses.replace(everything, magnitudes=sizes, **none))  # type: ignore[arg-type]
     assert all(getattr(found, name) is None for name in none)
 
@@ -224,6 +254,15 @@ def test_tiles_cover_a_matrix_once_in_flat_order(shape: tuple[int, int], entries
         assert part.numel() <= max(entries, 1)
         done = tile.stop
     assert done == matrix.numel()
+
+
+@pytest.mark.parametrize(("length", "runs"), [(1, 128), (128, 128), (129, 128), (300, 128), (1000, 7)])
+def test_runs_of_neighbours_cover_all_and_differ_by_one(length: int, runs: int) -> None:
+    bounds, values = tiles_module.edges(length, runs), torch.rand(length, dtype=F64)
+    sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
+    assert (bounds[0], bounds[-1], len(sizes)) == (0, length, min(runs, length)) and max(sizes) - min(sizes) <= 1
+    means = [float(values[start:stop].mean()) for start, stop in itertools.pairwise(bounds)]
+    assert tiles_module.run_means(values, runs) == pytest.approx(means, rel=1e-14)  # 4.4e-16 seen
 
 
 @pytest.mark.parametrize("entries", [100, 200, 500])

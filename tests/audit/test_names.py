@@ -68,3 +68,32 @@ def test_heads_without_a_config_and_without_groups() -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     assert names.heads(name, (32, 8), ModelConfig()) == ([], [])
     assert names.heads(name, (32, 8), ModelConfig(num_attention_heads=2)) == ([0, 16, 32], [])
+
+
+@pytest.mark.parametrize("count", [0, -4])
+def test_a_config_without_a_number_of_heads_has_no_boundaries(count: int) -> None:
+    query, key = (f"model.layers.0.self_attn.{kind}.weight" for kind in ("q_proj", "k_proj"))
+    assert names.heads(query, (64, 48), ModelConfig(num_attention_heads=count)) == ([], [])
+    assert names.heads(key, (64, 48), ModelConfig(num_attention_heads=4, num_key_value_heads=-2)) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "visual.blocks.0.attn.q_proj.weight",
+        "audio_tower.layers.0.self_attn.out_proj.weight",
+        "model.layers.0.mamba.out_proj.weight",
+    ],
+)
+def test_heads_are_those_of_the_language_model_alone(name: str) -> None:
+    """config.json's number is of its text part: it may divide another tower's rows and be wrong there."""
+    assert names.heads(name, (64, 64), LLAMA) == ([], [])
+
+
+def test_heads_of_a_known_size() -> None:
+    config = ModelConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert names.heads(name, (64, 48), config) == ([0, 16, 32, 48, 64], [])
+    assert names.heads(name, (128, 48), config) == ([0, 32, 64, 96, 128], [])  # each head's gate beside its query
+    assert names.heads(name, (32, 48), config) == ([], [])  # four heads of 8 are others

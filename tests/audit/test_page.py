@@ -92,7 +92,7 @@ def test_the_numbers_are_those_of_the_report() -> None:
     row = total(made, 0)
     assert row.sparsity is not None and row.matched is not None and row.matched.ratio is not None
     assert f"{100 * row.sparsity:.1f} %unchanged in bf16" in page.text
-    assert f"{row.matched.ratio:.2f} ×the same at equal magnitude" in page.text
+    assert f"{row.matched.ratio:.2f} ×changed on / off M_princ, at equal size" in page.text
     assert made.error in page.text
     table = next(t for t in page.tables if t[0][0] == "kind")
     assert [cells[0] for cells in table[1:]] == [*KINDS, "embed_tokens", "norm", "all"]
@@ -130,7 +130,7 @@ def test_a_whole_report_has_all_figures_and_an_empty_one_none() -> None:
         "Principal angles, V.",
         "Largest angle and its bound.",
         "Spectral shift.",
-        "Every singular value.",
+        "Shifts of singular values.",
         "Energy in the principal subspaces.",
         "Energy by layer.",
         "Where entries changed.",

@@ -50,7 +50,7 @@ def test_tensors_of_equal_name_and_shape_are_matched_and_the_others_told(tmp_pat
     tuned = model(tmp_path / "tuned", same | {"wide.weight": draw(4, 7), "new.weight": draw(2), "ids": torch.arange(3)})
     pairing = pair(base, tuned)
     assert {match.name for match in pairing.matched} == set(same)
-    assert all(match.note == "" and match.common == match.infos[0].dtype for match in pairing.matched)
+    assert all(match.note == "" and match.common() == match.infos[0].dtype for match in pairing.matched)
     assert reasons(pairing) == {
         "wide.weight": "shape (4, 6) in base and (4, 7) in tuned",
         "gone.weight": "missing in tuned",
@@ -76,19 +76,27 @@ def test_several_tuned_checkpoints_must_all_hold_a_tensor(tmp_path):
     }
 
 
+def test_a_tensor_that_several_tuned_checkpoints_have_and_the_base_lacks_is_told_once(tmp_path):
+    base = model(tmp_path / "base", {"model.w": draw(4)})
+    one = model(tmp_path / "one", {"model.w": draw(4), "model.new": draw(2), "model.ids": torch.arange(3)})
+    two = model(tmp_path / "two", {"w": draw(4), "new": draw(2), "ids": draw(3)})
+    assert reasons(pair(base, one, two)) == {
+        "model.new": "missing in base",
+        "model.ids": "holds I64 values in tuned 1, which are no floating-point weights; missing in base",
+    }
+
+
 def test_dtypes_that_differ_are_compared_in_the_coarser_one_with_a_note(tmp_path):
     base = model(tmp_path / "base", {"a": draw(4, dtype=torch.float32), "b": draw(4, dtype=torch.float16)})
     tuned = model(tmp_path / "tuned", {"a": draw(4), "b": draw(4, dtype=torch.float32)})
     found = {match.name: match for match in pair(base, tuned).matched}
-    assert (found["a"].common, found["b"].common) == (torch.bfloat16, torch.float16)
+    assert (found["a"].common(), found["b"].common()) == (torch.bfloat16, torch.float16)
     assert found["a"].note == (
         "F32 in base, BF16 in tuned: stored values are compared in bfloat16; in fp32 the rounding to bfloat16 is part "
         "of the difference"
     )
     block = next(block for block in iterate(pair(base, tuned)) if block.match.name == "a")
-    assert torch.equal(*block.stored())
-    first, second = block.fp32()
-    assert first.dtype == second.dtype == torch.float32 and not torch.equal(first, second)
+    assert [tensor.dtype for tensor in block.tensors] == [torch.float32, torch.bfloat16]
 
 
 WRAPPED = ("_orig_mod.", "module.", "base_model.model.", "model.", "module._orig_mod.", "base_model.model.model.")

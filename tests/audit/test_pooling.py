@@ -31,7 +31,7 @@ def test_shares_are_weighted_by_what_they_are_shares_of() -> None:
     assert row.low is not None and row.principal is None
     assert (row.low.value, row.low.baseline) == pytest.approx((0.8, 0.35))
     assert row.shares["both"].value == pytest.approx((0.1 + 4 * 0.6) / 5)
-    assert row.energy() == pytest.approx(0.5 / 0.72) and row.energy("random") == pytest.approx(2.5)
+    assert row.energy == pytest.approx(0.5 / 0.72)
 
 
 def test_matched_rates_count_the_entries_with_partners() -> None:
@@ -54,14 +54,14 @@ def test_what_is_not_a_number_stays_out() -> None:
     assert row.relative_norm == 0.5 and row.shares["output"] == Share(0.1, 0.1, 0.1)
     assert row.principal is not None and row.principal.value == 0.5
     alone = pool("x", [weight(bad)], 0)
-    assert alone.relative_norm is None and alone.principal is None and alone.shares == {} and alone.energy() is None
+    assert alone.relative_norm is None and alone.principal is None and alone.shares == {} and alone.energy is None
 
 
 def test_nothing_pools_to_nothing() -> None:
     row = pool("x", [], 0)
     assert row.sparsity is None and row.relative_norm is None and row.matched is None
     still = pool("x", [weight(Change(0, 0, 0.0, 0.0, low=Overlap(0.0, 0.3), both=Share(0.0, 0.1, 0.0)))], 0)
-    assert still.sparsity == 1.0 and still.relative_norm == 0.0 and still.low is None and still.energy() is None
+    assert still.sparsity == 1.0 and still.relative_norm == 0.0 and still.low is None and still.energy is None
 
 
 def test_rows_are_in_order_and_hold_every_weight() -> None:

@@ -5,6 +5,8 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 
 from audit.reports import PROBES, report
 from offprincipal_peft.audit import storing
+from offprincipal_peft.audit.page import write_page
 from offprincipal_peft.audit.results import AuditReport, Inequality, Map
 from offprincipal_peft.audit.storing import AuditFormatError, from_json, read_json_report, to_json, write_json
 
@@ -115,6 +118,11 @@ FAULTS = {
     "a flag for a number": (change("seconds", True), "seconds should be a number, not true"),
     "half a count": (change("weights/0/entries", 1.5), r"weights\[0\].entries should be a whole number, not 1.5"),
     "a short pair": (change("skipped/0", ["a"]), r"skipped\[0\] should be a list of 2"),
+    "a change too few": (
+        change("weights/0/changes", []),
+        r"weights\[0\].changes should be a list of 1, one for each tuned checkpoint, not of 0",
+    ),
+    "a verdict too few": (change("verdicts", []), "verdicts should be a list of 1, one for each tuned checkpoint"),
     "a cut map": (
         change("weights/0/changes/0/map/density/shape", [5, 5]),
         r"holds 144 bytes, its shape \[5, 5\]",
@@ -175,3 +183,45 @@ def test_maps_are_small_and_only_uint8() -> None:
     change = dataclasses.replace(made.weights[0].changes[0], map=Map(torch.zeros(2, 2)))
     with pytest.raises(TypeError, match=r"a map's density is uint8, got torch\.float32"):
         to_json(dataclasses.replace(made, weights=[dataclasses.replace(made.weights[0], changes=[change])]))
+
+
+def test_a_name_that_is_no_text_is_stored_too(tmp_path: Path) -> None:
+    """A folder's name may be bytes that are no UTF-8; hours of work must not end with them."""
+    source = dataclasses.replace(report(1).sources[1], path=os.fsdecode(b"/models/\xff"))
+    made = dataclasses.replace(report(1), sources=[report(1).sources[0], source])
+    write_json(made, tmp_path / "a.json")
+    assert same(read_json_report(tmp_path / "a.json"), made)
+    write_page(made, tmp_path / "a.html")
+    assert "/models/\\udcff" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """A pipe or /dev/stdout, and a link to a file elsewhere."""
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text(encoding="utf-8")), daemon=True)
+    reader.start()
+    storing.write_text(pipe, "a report")
+    reader.join(10)
+    assert found == ["a report"] and pipe.is_fifo()
+    receiving, sending = os.pipe()
+    storing.write_text(f"/dev/fd/{sending}", "to a pipe without a name")
+    assert os.read(receiving, 100) == b"to a pipe without a name"
+    for end in (receiving, sending):
+        os.close(end)
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link", tmp_path / "there" / "file"
+    link.symlink_to(target)
+    for text in ("new", "old and new"):
+        storing.write_text(link, text)
+        assert link.is_symlink() and target.read_text() == text
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
+    storing.write_text(tmp_path / ("x" * 250 + ".json"), "text")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
+def test_a_number_beyond_all_numbers_is_refused_with_its_place() -> None:
+    with pytest.raises(AuditFormatError, match="seconds should be a number"):
+        from_json(change("seconds", 10**400))

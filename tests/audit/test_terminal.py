@@ -7,6 +7,7 @@ import pytest
 
 from audit.reports import KINDS, report
 from offprincipal_peft.audit.results import Verdict
+from offprincipal_peft.audit.tables import share_text
 from offprincipal_peft.audit.terminal import terminal_report
 
 CASES = {
@@ -98,3 +99,33 @@ def test_ascii_spells_the_symbols_out() -> None:
     assert verdict.sentences[0] in terminal_report(made)
     text = terminal_report(made, encoding="latin-1")
     assert "|dW|_2 <= 3 s x 2 deg, 90 +- 1 - ?." in text
+
+
+def test_every_note_of_a_column_stands_alone() -> None:
+    """A column that nothing fills is left out, and its note with it."""
+    changes = [dataclasses.replace(weight.changes[0], principal=None, matched=None) for weight in report(1).weights]
+    weights = [dataclasses.replace(w, changes=[c]) for w, c in zip(report(1).weights, changes, strict=True)]
+    text = re.sub(r"\s+", " ", terminal_report(dataclasses.replace(report(1), weights=weights)))
+    assert "M_princ" not in text and "the same for" not in text
+    assert "M_low/chance: share of the changed entries on the mask of the smallest weights, over its density." in text
+
+
+def test_names_cannot_steer_the_terminal() -> None:
+    """Names come from files; one may hold the code that clears a screen."""
+    made = report(1, ("a\x1b[2J",), kinds=("q_proj",))
+    weight = dataclasses.replace(made.weights[1], kind="\x1b]0;x\x07q", name="n\x1b[2J", notes=["odd\x9b"])
+    made = dataclasses.replace(made, weights=[weight], skipped=[("t\x1b[2J", "b\x08ad")])
+    for color in (False, True):
+        text = terminal_report(made, color=color, layers=True).replace("\x1b[1m", "").replace("\x1b[0m", "")
+        assert "�[2J" in text and not [c for c in text if not c.isprintable() and c != "\n"]
+
+
+def test_long_audits_last_seconds() -> None:
+    assert terminal_report(dataclasses.replace(report(1), seconds=5321.4)).endswith("5,321 s on cpu.")
+    assert terminal_report(dataclasses.replace(report(1), seconds=0.0123)).endswith("0.0123 s on cpu.")
+
+
+def test_shares_next_to_none_and_all() -> None:
+    values = (0.0, 2e-9, 0.5, 1 - 2e-4, 1 - 2e-9, 1 - 1e-16, 1.0, 1.0000000000000002)
+    shown = ["0.0", "0.00000020", "50.0", "99.980", "99.99999980", "100.0", "100.0", "100.0"]
+    assert [share_text(v) for v in values] == shown

@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, OlmoConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from attention_models import COMMON, CONFIGS, GPT2, VOCAB, model_of, state_of
-from offprincipal_peft.geometry import AttentionLayout, find_layouts
+from offprincipal_peft.geometry import AttentionLayout, Intervention, find_layouts, haar_rotation
 
 NUMBERS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 EXPECTED: dict[str, tuple[int, int, int]] = {  # query heads, key heads, head_dim
@@ -71,6 +72,24 @@ def test_what_a_layout_names() -> None:
     assert (gptoss.rotary, gptoss.n_rep) == (True, 2)
 
 
+def test_a_causal_mask_is_known_and_a_rotary_embedding_seen() -> None:
+    block = "transformer.h.0.attn"
+    tensors = {key: value for key, value in state_of(model_of("gpt2")).items() if key.startswith(f"{block}.")}
+    masks = {f"{block}.bias": torch.ones(1, 1, 64, 64).tril().bool(), f"{block}.masked_bias": torch.tensor(-1e4)}
+    (old,) = find_layouts(tensors | masks, num_attention_heads=4)  # as GPT-2 was saved for years
+    assert not old.rotary
+    (turning,) = find_layouts(tensors | {f"{block}.rotary_emb.inv_freq": torch.ones(4)}, num_attention_heads=4)
+    assert turning.rotary
+    with pytest.raises(ValueError, match="queries and keys pass a rotary embedding"):
+        Intervention.rotate_queries_and_keys(turning, haar_rotation(8, 0))
+    attention = nn.ModuleDict({name: Conv1D(size, 32) for name, size in (("c_attn", 96), ("c_proj", 32))})
+    model = nn.ModuleDict({"attn": attention})
+    for rotary in (False, True):  # a module without tensors
+        if rotary:
+            attention["rotary_emb"] = nn.Identity()
+        assert find_layouts(model, num_attention_heads=4)[0].rotary == rotary
+
+
 def test_a_block_alone_and_a_part_of_a_model() -> None:
     block = {key.removeprefix("model.layers.0.self_attn."): value for key, value in state_of(model_of("llama")).items()}
     alone = {key: value for key, value in block.items() if "_proj.weight" in key and "mlp" not in key}
@@ -93,11 +112,11 @@ class Tower(nn.Module):
 # ---- refusals
 
 
-def state(name: str = "llama", **changes: Tensor | None) -> dict[str, Tensor]:
+def state(name: str = "llama", block: str = "model.layers.0.self_attn", **changes: Tensor | None) -> dict[str, Tensor]:
     """Of the first block, with tensors replaced, added or (None) left out; `__` stands for a dot."""
     found = {key: value for key, value in state_of(model_of(name, torch.float32)).items() if ".0." in key}
     for key, value in changes.items():
-        path = f"model.layers.0.self_attn.{key.replace('__', '.')}"
+        path = f"{block}.{key.replace('__', '.')}"
         found = {k: v for k, v in found.items() if k != path} | ({} if value is None else {path: value})
     return found
 
@@ -121,8 +140,17 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         lambda: state(q_proj__weight=None, q_proj__qweight=torch.zeros(4, 32, dtype=torch.int32)),
         r"quantised: q_proj\.qweight",
     ),
+    "compressed": (
+        lambda: state(q_proj__weight=None, q_proj__weight_packed=torch.zeros(32, 4, dtype=torch.int32)),
+        r"quantised: q_proj\.weight_packed",
+    ),
     "scales": (lambda: state(k_proj__weight_scale_inv=torch.ones(1, 1)), r"quantised: k_proj\.weight_scale_inv"),
     "gate": (lambda: state(gate_proj__weight=torch.ones(4, 4)), r"unknown tensors gate_proj\.weight: they may not"),
+    "a bias for each head": (
+        lambda: state("gpt2", "transformer.h.0.attn", bias=torch.zeros(1, 4, 64, 64)),
+        r"h\.0\.attn: unknown tensors bias: they may not commute",
+    ),
+    "a bias that is no mask": (lambda: state(bias=torch.zeros(4)), r"self_attn: unknown tensors bias: they may not"),
     "no output": (lambda: state(o_proj__weight=None), r"it has no o_proj\.weight"),
     "shared keys": (lambda: state(k_proj__weight=None, v_proj__weight=None), r"no k_proj\.weight, v_proj\.weight"),
     "norm": (

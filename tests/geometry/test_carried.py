@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attention_models import KINDS, both, distance, first_block, model_of, permutation, rotation, state_of, tokens
 from helpers import relative_error
+from offprincipal_peft import PrincipalSparseConfig
 from offprincipal_peft.geometry import (
     AttentionLayout,
     Intervention,
@@ -192,6 +194,20 @@ def test_a_principal_mask_is_made_again_from_the_rotated_reconstruction(name: st
         rows = MaskOptions(principal_rank=3, principal_density=0.25, structure="row")
         striped = each.recompute_mask(weight, key, "principal", rows).float()
         assert float(striped.std(int(not layout.transposed)).max()) == 0.0  # whole output channels, stored as they are
+
+
+def test_random_parts_are_those_of_the_sparse_method() -> None:
+    """Which draws by the layer's name: a mask that is made again compares with the adapter's own."""
+    model = model_of("gpt2", torch.float32)
+    layout = find_layouts(model)[0]
+    weight = model.get_parameter(layout.output).detach().clone()
+    method = PrincipalSparseConfig(mask="random", random_density=0.3, target_modules=["attn.c_proj"], seed=4)
+    host = get_peft_model(model, method)
+    own = host.base_model.model.transformer.h[0].attn.c_proj.delta("default").layout.mask()
+    options = MaskOptions(random_density=0.3, seed=4)
+    nothing, moves = Intervention.permute(layout, range(4)), permutation(layout)
+    for each, wanted in ((nothing, own), (moves, moves.carry_mask(own, layout.output)), (rotation(layout), own)):
+        assert torch.equal(each.recompute_mask(weight, layout.output, "random", options), wanted)
 
 
 def test_a_bias_that_moved_is_told_from_one_that_is_gone() -> None:

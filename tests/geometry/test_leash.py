@@ -120,6 +120,18 @@ class TestKlLeash:
             assert found.holds and abs(found.left - exact.left) < found.tolerance
             assert exact.tolerance < found.tolerance < 100 * torch.finfo(dtype).eps * (1 + exact.left)
 
+    def test_the_rounding_of_an_unlikely_sample_is_paid_for(self) -> None:
+        """The target lies where the sampler hardly draws: its log-probabilities are large and rounded as such."""
+        policy = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
+        for depth in (30.0712345, 300.0712345, 3000.0712345):
+            sampler = torch.log_softmax(torch.tensor([[-depth, 0.0]], dtype=torch.float64), -1)
+            rewards = torch.tensor([[depth + 0.3, 0.0]], dtype=torch.float64)
+            exact = kl_leash(policy, policy, rewards, 1.0, sampler=sampler)
+            for dtype in (torch.float32, torch.bfloat16):
+                found = kl_leash(policy, policy, rewards, 1.0, sampler=sampler.to(dtype))
+                eps = torch.finfo(dtype).eps
+                assert abs(found.right - exact.right) < found.tolerance < 100 * eps * depth, (depth, dtype)
+
     def test_no_mass(self) -> None:
         policy = torch.tensor([0.5, 0.5, 0.0]).log()
         tuned = torch.tensor([1.0, 0.0, 0.0]).log()

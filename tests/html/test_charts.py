@@ -35,6 +35,7 @@ def test_chart_points_lie_where_the_data_are() -> None:
 
 def test_names_and_numbers_are_readable() -> None:
     assert [number(v) for v in (0, 2e-4, -0.25, 123456.0, 0.1 + 0.2)] == ["0", "2e−4", "−0.25", "1.23e5", "0.3"]
+    assert [number(v) for v in (9999.4, 9999.7, 12345.6, -2e4)] == ["9999", "10000", "12346", "−20000"]
     assert layer_place("base_model.model.model.layers.3.mlp.up_proj") == ("up_proj", 3)
     assert layer_place("transformer.h.11.attn.c_attn") == ("c_attn", 11) and layer_place("lm_head") is None
     assert [count_text(v) for v in (950, 4_884_480, 1.5e9)] == ["950", "4.88 M", "1.5 B"]
@@ -112,3 +113,32 @@ def test_tables_carry_their_kind() -> None:
     table = Table("c", ["a", "b"], [["<x>", "1"]], kind="dense")
     assert '<table class="dense">' in table.html() and "&lt;x&gt;" in table.html()
     assert aligned(table, 20) == "a    b\n------\n<x>  1\n"
+
+
+def test_axes_have_numbers_that_differ() -> None:
+    """A range between two powers, ticks closer than four digits tell, and values far below 1e-12."""
+
+    def ticks(frame: Frame, values: list[float]) -> list[str]:
+        drawn = lines(frame, [Series("a", 0, [0.0, 1.0], values)])
+        return re.findall(r'text-anchor="end">([^<]*)<', drawn)
+
+    for values in ([2.7e-5, 2.9e-5], [0.27, 0.271]):
+        found = ticks(Frame("t", "x", "y", log_y=True), values)
+        assert len(found) >= 3 and len(set(found)) == len(found), found
+    for low, high in ((0.99990, 0.99998), (0.5, 0.50000001), (1e-15, 4e-15)):
+        found = ticks(Frame("t", "x", "y", percent=True), [low, high])
+        assert len(found) >= 3 and len(set(found)) == len(found), found
+    drawn = marks("t", "x", [("a", [Mark("it", 0.99990), Mark("it", 0.99998)])], percent=True, zero=False)
+    found = re.findall(r'text-anchor="middle">([^<]*)<', drawn)[:-1]
+    assert len(found) >= 3 and len(set(found)) == len(found), found
+    assert [number(v) for v in Scale(1e-15, 4e-15, 0.0, 1.0).ticks(2)] == [f"{i}e−15" for i in (1, 2, 3, 4)]
+
+
+def test_counts_next_to_a_unit_take_it() -> None:
+    assert [count_text(v) for v in (999, 999_499, 999_700, 999_700_000)] == ["999", "999 k", "1 M", "1 B"]
+
+
+def test_marks_of_several_charts_can_share_their_scale() -> None:
+    one, two = (marks("t", "x", [("a", [Mark("it", value)])], reach=[2.0]) for value in (0.5, 1.0))
+    places = [re.findall(r'<text x="([\d.]+)"[^>]*>([^<]*)<', drawn) for drawn in (one, two)]
+    assert places[0] == places[1] and "2" in [text for _, text in places[0]]

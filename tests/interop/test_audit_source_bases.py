@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
@@ -183,6 +184,7 @@ def test_methods_that_do_not_merge_layer_by_layer(llama, tmp_path):
         ("prompt", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "changes no weight"),
         ("osf", peft.OSFConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), r"OSF, which is not known to merge"),
         ("bias", lora(lora_bias=True), "base layer has no bias.*--as merged"),
+        ("sampled", lora(monteclora_config=MontecloraConfig()), r"samplers .*monteclora_config.*--as merged"),
     ):
         model = load_base(llama)
         folder = saved(get_peft_model(model.float() if name == "osf" else model, method), tmp_path / name)

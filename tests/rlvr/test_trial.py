@@ -14,23 +14,13 @@ from offprincipal_peft.rlvr.config import TrialConfig
 from offprincipal_peft.rlvr.methods import METHODS
 from offprincipal_peft.rlvr.records import numeric_fields, read_record, write_record
 from offprincipal_peft.rlvr.trial import run_trial
-from tiny_models import save_tiny_model
-
-# A random model never answers right: credit that differs within a group, so that something is learned.
-PARTIAL = """
-def reward(completions, answer, **columns):
-    return [1.0 if a == c else sum(map(ord, c)) % 7 / 10 for a, c in zip(answer, completions)]
-"""
+from tiny_trials import save_tiny_task, tiny_trial
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, monkeypatch_module) -> Path:
     monkeypatch_module.setenv("OFFPRINCIPAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
-    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "partial.py").write_text(PARTIAL)
-    return folder
+    return save_tiny_task(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +30,8 @@ def monkeypatch_module():
 
 
 def trial(folder: Path, **fields) -> TrialConfig:
-    small = {
-        "method": "lora",
-        "learning_rate": 1e-2,
-        "model": str(folder),
-        "task": str(folder / "items.jsonl"),
-        "task_options": {"verifier": f"{folder / 'partial.py'}:reward"},
-        "device": "cpu",
-        "rank": 4,
-        "alpha": 8,
-        "steps": 3,
-        "prompts_per_step": 2,
-        "group_size": 2,
-        "max_completion_length": 3,
-        "train_items": 16,
-        "validation_items": 6,
-        "test_items": 5,
-        "evaluation_batch": 4,
-        "threads": 1,
-    }
-    return TrialConfig.from_dict({**small, **fields})
+    small = {"method": "lora", "learning_rate": 1e-2, "alpha": 8, "steps": 3, "evaluation_batch": 4}
+    return TrialConfig.from_dict({**tiny_trial(folder), **small, **fields})
 
 
 def finished(config: TrialConfig, tmp_path: Path) -> dict:
