@@ -1,5 +1,6 @@
 """``offprincipal``: compare adapters under reinforcement learning, sweep over their options, report what came out,
-audit what any training did to a model's weights, and export a trained adapter for use elsewhere.
+audit what any training did to a model's weights, ship what changed as sparse patches, and export a trained adapter for
+use elsewhere.
 
 Exit codes: 0 done, 1 some trials failed, 2 a mistake in the command or its files, 130 interrupted.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .commands import DONE, INTERRUPTED, MISTAKE, SOME_FAILED, Refused, audit, words
+from .commands import DONE, INTERRUPTED, MISTAKE, SOME_FAILED, Refused, audit, patch, words
 
 DEFAULT_METHODS = ["lora", "pissa", "offprincipal", "safe"]
 EPILOG = r"""examples:
@@ -27,6 +28,8 @@ EPILOG = r"""examples:
   offprincipal report runs/study
   offprincipal audit base-model tuned-model --html audit.html
   offprincipal audit base-model my-adapter other-adapter --layers 'layers\.(0|13)\.' --json audit.json
+  offprincipal patch make base-model tuned-model step-1.safetensors
+  offprincipal patch apply served-model runs/sync
   offprincipal export my-adapter my-lora
   offprincipal export my-adapter my-model --as merged --dtype bfloat16"""
 
@@ -55,6 +58,7 @@ def _expected(error: Exception) -> bool:
     """A mistake of the caller's, which its message explains: no traceback."""
     from .audit import AuditError, AuditFormatError, CheckpointError
     from .interop import ExportError
+    from .interop.sparse_patch import PatchError
     from .rlvr.records import RecordError
     from .rlvr.report import ReportError
     from .rlvr.sweep_folder import SweepError
@@ -67,6 +71,7 @@ def _expected(error: Exception) -> bool:
             AuditFormatError,
             CheckpointError,
             ExportError,
+            PatchError,
             RecordError,
             ReportError,
             SweepError,
@@ -121,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
             description="Compare the weights of checkpoints as they lie on disk: folders, .safetensors files, and "
             "adapter folders, which are merged into BASE one layer at a time.",
             allow_abbrev=False,
+        )
+    )
+    patch.add_options(
+        commands.add_parser(
+            "patch", help="ship what changed between two states of a model, bit for bit", allow_abbrev=False
         )
     )
     _export_options(

@@ -134,15 +134,17 @@ class MergedCheckpoint(Checkpoint):
         super().close()
         self._held = {}
 
-    def _read(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+    def _read(self, info: TensorInfo, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         if info.name not in self._units:
-            return super()._read(self._whole.get(info.name, info), start, stop)
+            return super()._read(self._whole.get(info.name, info), start, stop, into)
         if self._closed:
             raise CheckpointError(f"{self.path} was closed; open it again.")
         unit, name = self._units[info.name]
         if name not in self._held:
             self._held = {}  # freed before the next one is made
             self._held = self._merge(unit)
+        if into is not None:
+            return into[: stop - start].copy_(self._held[name].view(-1)[start:stop])
         if stop - start == info.numel:
             return self._held.pop(name).view(-1)  # given away, so that there is no second copy
         return self._held[name].view(-1)[start:stop].clone()

@@ -1,0 +1,23 @@
+"""Exact weight sync by sparse patches: the entries that changed between two states of a model, and nothing else."""
+
+from .applying import Applied, apply_patch
+from .chain import PatchChain, verify_patch
+from .content import hash_tensor, state_hash
+from .file import PatchError, PatchFile, PatchInfo
+from .making import make_anchor, make_patch
+from .states import checkpoint_hash
+
+__all__ = [
+    "Applied",
+    "PatchChain",
+    "PatchError",
+    "PatchFile",
+    "PatchInfo",
+    "apply_patch",
+    "checkpoint_hash",
+    "hash_tensor",
+    "make_anchor",
+    "make_patch",
+    "state_hash",
+    "verify_patch",
+]

@@ -1,0 +1,108 @@
+"""Checkpoints as runs of bytes: blocks of their tensors in order, one read ahead, whatever their dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ...audit.checkpoints import Checkpoint
+from ...audit.headers import CheckpointError, TensorInfo
+from .content import TensorHash, TensorMark, bytes_of, state_hash
+from .file import BLOCK, PatchError
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+T = TypeVar("T")
+
+
+def length(info: TensorInfo) -> int:
+    """Entries of a tensor; bytes where torch has no such dtype."""
+    return info.numel if info.dtype is not None else info.nbytes
+
+
+def blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Runs of entries that are worked on at once."""
+    for start in range(0, length(info), BLOCK):
+        yield start, min(start + BLOCK, length(info))
+
+
+class Buffers:
+    """Memory for blocks that is used again: a block stays whole until three more were read after it."""
+
+    def __init__(self) -> None:
+        self._held = [torch.empty(0, dtype=torch.uint8) for _ in range(4)]
+        self._next = 0
+
+    def take(self, entries: int, dtype: torch.dtype) -> Tensor:
+        self._next = (self._next + 1) % len(self._held)
+        size = entries * dtype.itemsize
+        if self._held[self._next].numel() < size:
+            self._held[self._next] = torch.empty(size, dtype=torch.uint8)
+        return self._held[self._next][:size].view(dtype)
+
+
+def read(side: Checkpoint, info: TensorInfo, start: int, stop: int, buffers: Buffers) -> Tensor:  # -> (stop - start,)
+    """Entries of a tensor as they are stored; bytes where torch has no such dtype."""
+    found = buffers.take(stop - start, info.dtype or torch.uint8)
+    if info.dtype is not None:
+        return side.read_entries(info.name, start, stop, into=found)
+    with info.file.open("rb") as file:
+        file.seek(info.offset + start)
+        if file.readinto(bytes_of(found)) != stop - start:
+            raise CheckpointError(f"{info.file} became shorter since it was opened; use a copy that nothing writes to.")
+    return found
+
+
+def ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each job returns, in order; the next one runs in a thread while the last one's result is in use."""
+    with ThreadPoolExecutor(1, "patch-reader") as reader:
+        coming = None
+        for job in jobs:
+            ready = coming.result() if coming is not None else None
+            coming = reader.submit(job)
+            if ready is not None:
+                yield ready
+                del ready
+        if coming is not None:
+            yield coming.result()
+
+
+def mark(info: TensorInfo, content: str) -> TensorMark:
+    return TensorMark(info.stored, info.shape, content)
+
+
+def checkpoint_hash(side: Checkpoint, progress: Progress | None = None) -> str:
+    """The content hash of a checkpoint: of every tensor in it, whatever files they lie in. Reads all of it."""
+    marks, done, buffers = {}, 0, Buffers()
+    for info in side.tensors.values():
+        found = TensorHash()
+        for part in ahead(partial(read, side, info, *block, buffers) for block in blocks(info)):
+            found.add(part)
+            done += part.nbytes
+            if progress is not None:
+                progress(done, side.nbytes)
+        marks[info.name] = mark(info, found.result())
+    return state_hash(marks)
+
+
+def same_tensors(base: Checkpoint, other: Checkpoint) -> None:
+    """Raise :class:`PatchError` where two checkpoints do not hold the same names, shapes and dtypes."""
+    for first, second in ((base, other), (other, base)):
+        lacking = [name for name in first.tensors if name not in second.tensors]
+        if lacking:
+            more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+            raise PatchError(
+                f"{second.path} lacks {', '.join(lacking[:3])}{more}, which {first.path} holds; a patch neither adds "
+                "nor removes tensors. Save both the same way (a head that is tied in one must be tied in the other)."
+            )
+    for name, info in base.tensors.items():
+        own = other.tensors[name]
+        if (own.shape, own.stored) != (info.shape, info.stored):
+            raise PatchError(
+                f"{name} is {info.stored} {info.shape} in {base.path} and {own.stored} {own.shape} in {other.path}; a "
+                "patch keeps shapes and dtypes. Save both in one dtype."
+            )
