@@ -15,6 +15,7 @@ __all__ = [
     "GeometryCallback",
     "MaskedAdamW",
     "OffPrincipalLoraConfig",
+    "PatchCallback",
     "PrincipalSparseConfig",
     "__version__",
     "audit",
@@ -23,9 +24,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``GeometryCallback`` on first use: it imports transformers' Trainer, which takes a second."""
+    """The callbacks on first use: they import transformers' Trainer, which takes a second."""
     if name == "GeometryCallback":
         from .rlvr.callbacks import GeometryCallback
 
         return GeometryCallback
+    if name == "PatchCallback":
+        from .rlvr.patch_callback import PatchCallback
+
+        return PatchCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

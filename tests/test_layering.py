@@ -1,6 +1,6 @@
 """Imports run downward only, and files and functions stay short.
 
-geometry ← kernels ← tuners ← interop, rlvr ← cli; audit stands on geometry and html alone. The check reads the
+geometry ← kernels ← tuners ← interop ← rlvr ← cli; audit stands on geometry and html alone. The check reads the
 source and runs none of it, so imports inside functions and under TYPE_CHECKING count as well.
 """
 
@@ -25,7 +25,7 @@ BELOW: dict[str, set[str]] = {
     "audit": {"geometry", "html"},
     "tuners": {"geometry", "kernels"},
     "interop": {"geometry", "kernels", "tuners", "audit"},
-    "rlvr": {"geometry", "kernels", "tuners", "audit", "html"},
+    "rlvr": {"geometry", "kernels", "tuners", "audit", "html", "interop"},
     PUBLIC: {"geometry", "kernels", "tuners", "audit", "interop", "rlvr"},
     "commands": {"geometry", "html", "kernels", "tuners", "audit", "interop", "rlvr", PUBLIC},
     "cli": {"geometry", "html", "kernels", "tuners", "audit", "interop", "rlvr", "commands", PUBLIC},

@@ -1,30 +1,22 @@
 """``GeometryCallback``: the geometry of the update, measured while any Trainer trains.
 
-    trainer = GRPOTrainer(..., callbacks=[GeometryCallback()])
-
-How the figures reach the reporters: a callback is given neither the trainer nor its other callbacks, and the reporters
-run before it when the trainer logs, so that adding to ``logs`` would be too late. Reporters of one's own would open a
-second run (TensorBoard a second folder, DVCLive and ClearML a second experiment, Trackio a second run after the first
-was closed). The trainer's own are found instead, on the stack: whoever calls ``on_train_begin`` is the
-``CallbackHandler`` that holds them.
+trainer = GRPOTrainer(..., callbacks=[GeometryCallback()])
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from ..geometry.numerics import full_precision
 from .layer_geometry import LayerGeometry, final_figures, model_figures
 from .observers import Since, observe_layers
+from .reporters import live_reporters, log_figures
 
 DEFAULT_INTERVAL = 10
 
@@ -128,7 +120,7 @@ class GeometryCallback(TrainerCallback):
         self._forget()
         if not state.is_world_process_zero or model is None:
             return
-        self._reporters, self._ended = _live_reporters(), False
+        self._reporters, self._ended = live_reporters(), False
         begin = time.perf_counter()
         with full_precision():
             observers, self.not_observed = observe_layers(model, self.pattern, self.since)
@@ -203,28 +195,7 @@ class GeometryCallback(TrainerCallback):
     def _report(
         self, entry: dict[str, float], args: Any, state: TrainerState, control: TrainerControl, model: Any
     ) -> None:
-        """As ``Trainer.log`` does, but to the reporters alone and without asking for another log of the trainer."""
-        logs = {name: value for name, value in entry.items() if math.isfinite(value)}
-        if state.epoch is not None:
-            logs["epoch"] = state.epoch
-        state.log_history.append({**logs, "step": state.global_step})
-        for reporter in self._reporters:
-            reporter.on_log(args, state, control, logs=dict(logs), model=model)
-
-
-def _live_reporters() -> list[TrainerCallback]:
-    """The reporters (``report_to``) of the trainer whose event is being handled; none outside of one."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    kinds: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, CallbackHandler):
-            return [callback for callback in owner.callbacks if isinstance(callback, kinds)]
-        frame = frame.f_back
-    _log.warning("called outside of a trainer: the geometry is in callback.history and in no reporter")
-    return []
+        log_figures(self._reporters, entry, args, state, control, model)
 
 
 def _whole(name: str, value: Any) -> int:
