@@ -92,21 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    compare = commands.add_parser(
-        "compare", help="train several methods alike and compare them", formatter_class=formatter, allow_abbrev=False
+    _compare_options(
+        commands.add_parser(
+            "compare",
+            help="train several methods alike and compare them",
+            formatter_class=formatter,
+            allow_abbrev=False,
+        )
     )
-    compare.add_argument("--methods", type=words, default=DEFAULT_METHODS, metavar="A,B", help="names or config files")
-    compare.add_argument(
-        "--rates", type=_numbers, metavar="X,Y", help="learning rates of every method; its own by default"
-    )
-    compare.add_argument("--seeds", type=_integers, default=[0], metavar="0,1")
-    compare.add_argument("--threads", type=int, default=1, help="of each trial; results depend on it (default 1)")
-    compare.add_argument("--parallel", type=int, default=1, help="trials at once on this machine")
-    for name, kind, text in _shown_fields():
-        compare.add_argument(f"--{name.replace('_', '-')}", type=kind, dest=f"field_{name}", metavar="X", help=text)
-    compare.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of a trial")
-    _run_options(compare)
-    compare.set_defaults(run=_compare)
 
     sweep = commands.add_parser("sweep", help="run the trials of a YAML file, or go on with them", allow_abbrev=False)
     sweep.add_argument("spec", type=Path, help="a YAML file; see docs/comparison.md")
@@ -142,6 +135,21 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the methods", allow_abbrev=False)
     methods.set_defaults(run=_methods)
     return parser
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", type=words, default=DEFAULT_METHODS, metavar="A,B", help="names or config files")
+    parser.add_argument(
+        "--rates", type=_numbers, metavar="X,Y", help="learning rates of every method; its own by default"
+    )
+    parser.add_argument("--seeds", type=_integers, default=[0], metavar="0,1")
+    parser.add_argument("--threads", type=int, default=1, help="of each trial; results depend on it (default 1)")
+    parser.add_argument("--parallel", type=int, default=1, help="trials at once on this machine")
+    for name, kind, text in _shown_fields():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, dest=f"field_{name}", metavar="X", help=text)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of a trial")
+    _run_options(parser)
+    parser.set_defaults(run=_compare)
 
 
 def _shown_fields() -> list[tuple[str, Callable[[str], Any], str]]:

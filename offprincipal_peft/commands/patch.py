@@ -7,6 +7,8 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from . import DONE, Refused
 
 if TYPE_CHECKING:
     from ..interop.sparse_patch import Applied, PatchInfo
+    from ..interop.sparse_patch.states import Progress
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -74,16 +77,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _make(options: argparse.Namespace) -> int:
     from ..interop.sparse_patch import make_patch
 
-    info = make_patch(
-        options.base,
-        options.tuned,
-        options.out,
-        step=options.base_step + 1 if options.step is None else options.step,
-        base_step=options.base_step,
-        positions=options.positions,
-        overwrite=options.overwrite,
-        progress=_progress(),
-    )
+    with _percent() as progress:
+        info = make_patch(
+            options.base,
+            options.tuned,
+            options.out,
+            step=options.base_step + 1 if options.step is None else options.step,
+            base_step=options.base_step,
+            positions=options.positions,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
     print(_line(info))
     return DONE
 
@@ -91,7 +95,10 @@ def _make(options: argparse.Namespace) -> int:
 def _anchor(options: argparse.Namespace) -> int:
     from ..interop.sparse_patch import make_anchor
 
-    info = make_anchor(options.model, options.out, step=options.step, overwrite=options.overwrite, progress=_progress())
+    with _percent() as progress:
+        info = make_anchor(
+            options.model, options.out, step=options.step, overwrite=options.overwrite, progress=progress
+        )
     print(_line(info))
     return DONE
 
@@ -102,13 +109,15 @@ def _apply(options: argparse.Namespace) -> int:
     folders = [path for path in options.patches if path.is_dir()]
     if folders and len(options.patches) > 1:
         raise Refused(f"{folders[0]} is a folder; give one folder that holds a chain, or patch files")
-    if folders:
-        chain = PatchChain.read(folders[0])
-        _say(chain.apply(options.target, options.step, out=options.out, progress=_progress()))
-        return DONE
-    if options.step is not None:
+    if options.step is not None and not folders:
         raise Refused("--step chooses a step of a chain; give the chain's folder, or leave it out")
-    _say(apply_patch(options.target, *options.patches, out=options.out, progress=_progress()))
+    with _percent() as progress:
+        if folders:
+            chain = PatchChain.read(folders[0])
+            done = chain.apply(options.target, options.step, out=options.out, progress=progress)
+        else:
+            done = apply_patch(options.target, *options.patches, out=options.out, progress=progress)
+    _say(done)
     return DONE
 
 
@@ -122,14 +131,15 @@ def _verify(options: argparse.Namespace) -> int:
             chain = PatchChain.read(path)
             chain.verify()
             infos = [*chain.anchors, *chain.patches]
-            print(f"{path}: {len(chain.anchors)} anchors and {len(chain.patches)} patches, whole and without a gap")
+            counts = f"{_number(len(chain.anchors), 'anchor')} and {_number(len(chain.patches), 'patch', 'patches')}"
+            print(f"{path}: {counts}, whole and without a gap")
         else:
             infos = [verify_patch(path)]
             print(f"{path}: whole")
         states |= {info.base for info in infos} | {info.result for info in infos}
     if options.target is not None:
-        with open_checkpoint(options.target) as target:
-            state = checkpoint_hash(target, _progress())
+        with _percent() as progress, open_checkpoint(options.target) as target:
+            state = checkpoint_hash(target, progress)
         if state not in states:
             raise PatchError(f"{options.target} is in the state {state}, with which none of these begins or ends.")
         print(f"{options.target}: in one of these states")
@@ -163,7 +173,9 @@ def _info(options: argparse.Namespace) -> int:
 def _restore(options: argparse.Namespace) -> int:
     from ..interop.sparse_patch import PatchChain
 
-    _say(PatchChain.read(options.chain).restore(options.out, options.step))
+    with _percent() as progress:
+        done = PatchChain.read(options.chain).restore(options.out, options.step, progress=progress)
+    _say(done)
     return DONE
 
 
@@ -172,7 +184,7 @@ def _line(info: PatchInfo) -> str:
     size = f"{info.nbytes:,} bytes"
     return (
         f"{info.path}: {info.kind}, {way}, {info.count:,} of {info.total:,} entries ({100 * info.density:.4f} %) in "
-        f"{len(info.entries)} tensors, {size}; state {info.result}"
+        f"{_number(len(info.entries), 'tensor')}, {size}; state {info.result}"
     )
 
 
@@ -184,16 +196,30 @@ def _say(applied: Applied) -> None:
     if not applied.files:
         print(f"{applied.path} is at step {applied.step} already; nothing was written")
         return
-    files = f"{applied.files} file{'s' if applied.files > 1 else ''}"
-    print(
-        f"{applied.path}: step {applied.step}, {applied.entries:,} entries set, {files} written; state {applied.state}"
-    )
+    entries, files = _number(applied.entries, "entry", "entries"), _number(applied.files, "file")
+    print(f"{applied.path}: step {applied.step}, {entries} set, {files} written; state {applied.state}")
 
 
-def _progress() -> Any:
-    return _shown if sys.stderr.isatty() else None
+def _number(count: int, one: str, more: str = "") -> str:
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
-def _shown(done: int, total: int) -> None:
-    """One line that is written over."""
-    print(f"\r{100 * done // max(total, 1):3d} %", end="\n" if done == total else "", file=sys.stderr, flush=True)
+@contextmanager
+def _percent() -> Iterator[Progress | None]:
+    """On a terminal, one line that is written over, and that is ended also where the work fails."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    shown = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if (percent := 100 * done // max(total, 1)) != shown:
+            shown = percent
+            print(f"\r{percent:3d} %", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if shown >= 0:
+            print(file=sys.stderr)

@@ -99,17 +99,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         master = master_of(parameter)
         matrix = master.current() if master is not None and master.precision == "split" else None
         state = self.state[parameter]
-        if not state:
+        if not state:  # sharded like the parameter, so that a checkpoint of the optimiser is
             dtype = _MOMENTS[group["moments"]] if parameter.dtype != torch.float64 else torch.float64
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-            state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            state["exp_avg"] = _zeros(parameter, dtype)
+            state["exp_avg_sq"] = _zeros(parameter, dtype)
         state["step"] += 1
         step = _Step(group, state["step"].to(grad.device))
-        flat = [t.detach().reshape(-1) for t in (parameter, grad)]  # a packed parameter is a vector already
-        moments = [state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")]
+        value, grad = _own_part(parameter.detach()), _own_part(grad)
+        flat = [value.reshape(-1), grad.reshape(-1)]  # a packed parameter is a vector already
+        moments = [_own_part(state[key]).view(-1) for key in ("exp_avg", "exp_avg_sq")]
         if master is None:
-            _step_plain(parameter.detach(), flat[1].view(parameter.shape), moments, step)
+            _step_plain(value, flat[1].view(value.shape), moments, step)
         elif matrix is not None:
             _step_split(matrix, master, flat[0], flat[1], moments, step)
         else:
@@ -139,6 +140,19 @@ class MaskedAdamW(torch.optim.Optimizer):
                 self.state[parameter]["step"] = saved["step"].detach().clone()
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[parameter][key] = saved[key].detach().to(parameter.device, copy=True)
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP2 shards: the update is made entry by entry."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the parameter's shape, contiguous where it is not; sharded as it is."""
+    if hasattr(parameter, "to_local"):
+        return torch.zeros_like(parameter, dtype=dtype)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
 
 def _generator(device: torch.device, what: str) -> torch.Generator:

@@ -76,13 +76,20 @@ def _product(
     return out
 
 
-def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The base layer's own call, so that its output has the same bits with and without gradients."""
     if not transposed:
         return F.linear(x, weight, bias)
     flat = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
     out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def packed_gradient(grad: Tensor, needed: Tensor, layout: Layout, transposed: bool) -> Tensor:
+    """The packed weight gradient, fp32, of an output's gradient (tokens, d_out) and the part of x that was kept."""
+    if transposed:
+        return layout.gradient(needed, layout.needed_right(grad))
+    return layout.gradient(layout.needed_left(grad), needed)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -98,7 +105,7 @@ class _PackedLinear(torch.autograd.Function):
         before_backward: Callable[[], None] | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
-        out = _dense_forward(x, weight, bias, transposed)
+        out = dense_forward(x, weight, bias, transposed)
         if delta.requires_grad:
             needed = layout.needed_left(flat) if transposed else layout.needed_right(flat)
             ctx.save_for_backward(needed)
@@ -128,8 +135,5 @@ class _PackedLinear(torch.autograd.Function):
             grad_x = (grad @ (ctx.weight.T if ctx.transposed else ctx.weight)).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             (needed,) = ctx.saved_tensors
-            if ctx.transposed:
-                grad_delta = ctx.layout.gradient(needed, ctx.layout.needed_right(grad))
-            else:
-                grad_delta = ctx.layout.gradient(ctx.layout.needed_left(grad), needed)
+            grad_delta = packed_gradient(grad, needed, ctx.layout, ctx.transposed)
         return grad_x, grad_delta, None, None, None, None, None

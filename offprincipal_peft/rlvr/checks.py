@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import TrialConfig
 from .methods import build_config
-from .models import choose_device, load_tokenizer
+from .models import check_quantization, choose_device, load_tokenizer
 from .tasks import TaskError, load_task
 
 
@@ -25,6 +25,7 @@ def check_trials() -> Callable[[TrialConfig], None]:
         if once("packages"):
             check_packages()
         build_config(config)
+        check_quantization(config.quantization)
         sizes = {split: getattr(config, f"{split}_items") for split in ("train", "validation", "test")}
         if once("task", config.task, sizes, config.task_options):
             try:

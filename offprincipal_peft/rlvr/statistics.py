@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .config import LATER
+
 LEVEL = 0.95
 
 
@@ -216,6 +218,12 @@ def at_level(curve_x: Sequence[float], curve_y: Any, level: float) -> Any:
     return None
 
 
+def model_name(config: dict[str, Any]) -> str:
+    """The model that a trial began with; quantised it is another model, with figures of its own before training."""
+    kind = config.get("quantization", LATER["quantization"])
+    return str(config["model"]) if kind == "none" else f"{config['model']} ({kind})"
+
+
 def method_names(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     """trial id → how a comparison calls its method: the label, and what else tells trials of this label apart.
 
@@ -272,12 +280,12 @@ def select_learning_rates(records: Sequence[dict[str, Any]]) -> Selection:
     return Selection(chosen, left_out)
 
 
-_NOT_A_METHOD = {"label", "learning_rate", "seed", "model", "task", "algorithm", "device", "threads"}
+_NOT_A_METHOD = {"label", "learning_rate", "seed", "model", "quantization", "task", "algorithm", "device", "threads"}
 
 
 def _key(record: dict[str, Any], name: str) -> tuple[str, str, str, str]:
     config = record["config"]
-    return name, str(config["model"]), str(config["task"]), str(config["algorithm"])
+    return name, model_name(config), str(config["task"]), str(config["algorithm"])
 
 
 def _matrix(values: Any, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..kernels import MaskedAdamW
 from ..tuners import PrincipalSparseConfig
+from ..tuners.offprincipal_lora.layer import OffPrincipalLinear
 from .config import TrialConfig
 from .evaluation import end_tokens
 from .rewards import as_trl
@@ -47,7 +48,26 @@ def build_trainer(
         options["optimizers"] = (optimizer, None)
     else:
         options["peft_config"] = peft_config
-    return build(config, model, task, folder, options)
+    trainer = build(config, model, task, folder, options)
+    if config.quantization != "none":
+        _widen_trained(trainer.model)
+    return trainer
+
+
+def _widen_trained(model: nn.Module) -> None:
+    """Let adapters train in fp32 as on every other base: TRL's trainers cast them to bf16 on quantised ones.
+
+    There, steps below half a unit in the last place of a start of norm 1 round away: some methods would stall, and
+    others, with other starts, not. Stored starts were not cast: the factors that began there get their bits back.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    for layer in (module for module in model.modules() if isinstance(module, OffPrincipalLinear)):
+        factors: Any
+        for factors, starts in ((layer.lora_A, layer.lora_start_A), (layer.lora_B, layer.lora_start_B)):
+            for name, start in starts.items():
+                factors[name].weight.data.copy_(start.weight)
 
 
 def needs_masked_adamw(peft_config: Any) -> bool:

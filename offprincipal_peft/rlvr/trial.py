@@ -103,7 +103,7 @@ def _train_and_evaluate(config: TrialConfig, record: dict[str, Any], stages: Sta
     config = dataclasses.replace(config, device=device.type)
     method, peft_config = find_method(config.method), build_config(config)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, device)
+    model = load_model(config.model, config.dtype, device, config.quantization)
     measure = Measurements(config, method, model, tokenizer, task, device, record)
 
     def log(step: int, logs: dict[str, Any]) -> None:

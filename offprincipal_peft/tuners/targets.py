@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .base_weight import is_quantized_yet, quantization, weight_shape
+from .sharding import check_not_partitioned, is_dtensor, managed_by_fsdp
 
 # What PEFT's task models train and save whole, after adapters were added; "all-linear" must leave it to them.
 _HEADS = {
@@ -157,6 +158,12 @@ def check_supported(key: str, base: nn.Module, method: str, *, needs_values: boo
         )
     weight = base.weight
     assert isinstance(weight, Tensor)
+    check_not_partitioned(key, "the weight", weight, ValueError)
+    if is_dtensor(weight) or managed_by_fsdp(base):
+        raise ValueError(
+            f"{key} is sharded already (FSDP). Add and load adapters first, while every rank holds the whole model; "
+            "call fully_shard or accelerator.prepare afterwards."
+        )
     if quantization(base):
         if needs_values and not is_quantized_yet(base):
             raise ValueError(

@@ -22,6 +22,7 @@ OTHER = {
     "method_options": {"use_rslora": True},
     "model": "some/folder",
     "dtype": "bfloat16",
+    "quantization": "nf4",
     "device": "cpu",
     "task": "products",
     "task_options": {"largest": 9},
@@ -66,6 +67,7 @@ BAD = [
     *((name, value) for name in FROM_ZERO for value in (-0.1, math.nan, -math.inf, False, "none", None)),
     *(("algorithm", value) for value in ("ppo", "GRPO", "", None)),
     *(("dtype", value) for value in ("float16", "bf16", "", None)),
+    *(("quantization", value) for value in ("int4", "fp4", "8bit", "", None, False)),
     *((name, value) for name in TEXTS for value in (3, None, ["lora"]) if name != "label" or value),
     *((name, value) for name in OPTIONS for value in ([], "largest=3", None, {3: 4})),
 ]
@@ -162,6 +164,14 @@ def test_the_id_changes_with_every_field(name):
     config = TrialConfig.from_dict(BASE)
     assert getattr(config, name) != OTHER[name]
     assert TrialConfig.from_dict({**BASE, name: OTHER[name]}).trial_id != config.trial_id
+
+
+@pytest.mark.parametrize("name", config_module.LATER)
+def test_a_field_that_came_later_leaves_earlier_ids_as_they_were(name):
+    """A record's id is checked against its config, and folders of finished trials are taken up again by it."""
+    config = TrialConfig.from_dict({**BASE, name: config_module.LATER[name]})
+    assert config == TrialConfig.from_dict(BASE)
+    assert config.trial_id == "lora-lr0.0001-s0-05b09a86"  # as the version without the field named it
 
 
 def test_ids_are_the_same_in_another_process():

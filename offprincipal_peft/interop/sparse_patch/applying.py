@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +15,16 @@ from typing import IO
 
 from torch import Tensor
 
-from ...audit.checkpoints import Checkpoint, open_checkpoint
+from ...audit.checkpoints import WEIGHTS, Checkpoint, open_checkpoint
 from ...audit.headers import TensorInfo, read_header
 from ..folders import new_folder
-from .commit import Target
+from .commit import Drafts, Target
 from .content import TensorHash, TensorMark, bits_of, bytes_of, state_hash
 from .file import EntryReader, PatchError, PatchFile
 from .states import Buffers, Progress, ahead, blocks, mark, read
-from .writer import sync_folder
+from .writer import is_patch, sync_folder, told
+
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ def apply_patch(
     Args:
         target: a Hugging Face folder (sharded or not) or a single safetensors file.
         patches: made one after the other. A "full" one stands for any state before it.
-        out: a new folder (for a file: a new file) for the result; by default the target is changed in place.
+        out: a new folder (for a file: a new file) for the result, with copies of the files beside the weights, but of
+            no other weights; by default the target is changed in place.
 
-    Memory: some blocks of 2^21 entries.
+    Memory: some blocks of 2^21 entries, however many patches there are.
 
     Raises:
         PatchError: a patch that is damaged, does not follow the one before it, or was made for another state than the
@@ -59,61 +64,91 @@ def apply_patch(
     """
     if not patches:
         raise PatchError("give at least one patch to apply.")
-    opened = [PatchFile(path) for path in patches]
-    try:
-        opened = linked(opened)
+    with told(target if out is None else out), ExitStack() as stack:
+        run = linked([stack.enter_context(PatchFile(path)) for path in patches])
+        before = stack.enter_context(open_checkpoint(target))
+        _check_fit(run, before)
+        if out is not None:
+            return _elsewhere(before, _Work(before, run, progress), Path(out))
         place = Target(Path(target))
-        if out is None:
-            place.recover()
-        with open_checkpoint(target) as before:
-            _check_fit(opened, before)
-            work = _Work(before, opened, progress)
-            return _in_place(place, work) if out is None else _elsewhere(before, work, Path(out))
-    finally:
-        for patch in opened:
-            patch.close()
+        drafts = stack.enter_context(place.changing())
+        # Again, for another process may have changed it before this one was alone with it.
+        before = stack.enter_context(open_checkpoint(target))
+        _check_fit(run, before)
+        return _in_place(drafts, _Work(before, run, progress))
 
 
-def linked(patches: Sequence[PatchFile]) -> list[PatchFile]:
+class Positions:
+    """The patches that "values" patches take their positions from: among those given, or files beside them.
+
+    Each file is read whole once, each folder is looked through once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, PatchFile] = {}
+        self._folders: set[Path] = set()
+        self._checked: set[Path] = set()  # not digests: a damaged copy states the same one
+
+    def add(self, patch: PatchFile) -> None:
+        """Check a patch whole. Raises :class:`PatchError` where it is damaged."""
+        if patch.info.path not in self._checked:
+            patch.check_digest()
+            self._checked.add(patch.info.path)
+        self._known[patch.info.digest] = patch
+
+    def of(self, patch: PatchFile) -> PatchFile:
+        """The patch with the positions of ``patch``. Raises :class:`PatchError` where there is none."""
+        wanted = patch.info.indices_of
+        assert wanted is not None
+        if wanted not in self._known:
+            self._look(patch.info.path.absolute().parent)
+        if wanted not in self._known:
+            raise PatchError(
+                f"{patch.info.path} holds values alone; the patch with digest {wanted}, which holds their positions, "
+                "is neither given nor in its folder."
+            )
+        self.add(self._known[wanted])
+        return self._known[wanted]
+
+    def _look(self, folder: Path) -> None:
+        if folder in self._folders:
+            return
+        self._folders.add(folder)
+        for path in sorted(folder.glob("*.safetensors")):
+            with suppress(PatchError, FileNotFoundError):  # other files, and those that went away meanwhile
+                other = PatchFile(path)
+                self._known.setdefault(other.info.digest, other)
+
+
+def linked(patches: Sequence[PatchFile], known: Positions | None = None) -> list[PatchFile]:
     """The patches that count, from the last full one on: each checked, each following the one before it."""
+    known = Positions() if known is None else known
     for before, after in itertools.pairwise(patches):
         if after.info.kind != "full" and after.info.base != before.info.result:
+            assert after.info.base_step is not None
+            gap = after.info.base_step - before.info.step
+            why = ": a patch between them is missing" if gap > 0 else ": wrong order" if gap < 0 else ""
             raise PatchError(
                 f"{after.info.path} goes from step {after.info.base_step} to {after.info.step} and does not follow "
-                f"{before.info.path}, which ends at step {before.info.step}"
-                + ("" if before.info.step == after.info.base_step else ": a patch between them is missing")
-                + f" (state {before.info.result}, needed {after.info.base})."
+                f"{before.info.path}, which ends at step {before.info.step}{why} (state {before.info.result}, needed "
+                f"{after.info.base})."
             )
     for patch in patches:
-        patch.check_digest()
+        known.add(patch)
+    for patch in patches:
         if patch.info.kind == "values":
-            patch.positions_from(_positions(patch, patches))
+            patch.positions_from(known.of(patch))
     first = max((i for i, patch in enumerate(patches) if patch.info.kind == "full"), default=0)
     return list(patches[first:])
 
 
-def _positions(patch: PatchFile, given: Sequence[PatchFile]) -> PatchFile:
-    """The patch that holds the positions: among those given, or a file in the same folder."""
-    wanted = patch.info.indices_of
-    for other in given:
-        if other.info.digest == wanted:
-            return other
-    for path in sorted(patch.info.path.absolute().parent.glob("*.safetensors")):
-        try:
-            other = PatchFile(path)
-        except PatchError:
-            continue
-        if other.info.digest == wanted:
-            other.check_digest()
-            return other
-        other.close()
-    raise PatchError(
-        f"{patch.info.path} holds values alone; the patch with digest {wanted}, which holds their positions, is "
-        "neither given nor in its folder."
-    )
-
-
 def _check_fit(patches: Sequence[PatchFile], target: Checkpoint) -> None:
+    for file in {info.file for info in target.tensors.values()}:
+        if is_patch(file):
+            raise PatchError(
+                f"{target.path} is a patch and not a checkpoint to change; write one with `offprincipal patch restore`."
+            )
+    entries = sum(info.numel for info in target.tensors.values())
     for patch in patches:
         for name, shape in patch.info.shapes.items():
             info = target.tensors.get(name)
@@ -124,9 +159,10 @@ def _check_fit(patches: Sequence[PatchFile], target: Checkpoint) -> None:
                     f"{patch.info.path} has {name} as {patch.stored(name)} {shape}, {target.path} as {info.stored} "
                     f"{info.shape}; it was made for another checkpoint."
                 )
-        if patch.info.total != sum(info.numel for info in target.tensors.values()):
+        if patch.info.total != entries:
             raise PatchError(
-                f"{patch.info.path} was made for a model of {patch.info.total} entries; {target.path} has not as many."
+                f"{patch.info.path} was made for a model of {patch.info.total:,} entries; {target.path} has "
+                f"{entries:,}. It was made for another checkpoint."
             )
         if patch.info.kind == "full" and len(patch.info.shapes) != len(target.tensors):
             raise PatchError(f"{patch.info.path} lacks tensors that {target.path} holds.")
@@ -143,10 +179,9 @@ class _Work:
 
     def tensor(self, info: TensorInfo, file: IO[bytes] | None) -> None:
         """Read one tensor, apply every patch, write it to ``file``."""
-        readers = [patch.entries(info.name) for patch in self.patches if info.name in patch.info.shapes]
         full = self.patches[0] if self.patches[0].info.kind == "full" else None
-        if full is not None:
-            readers = readers[1:]
+        chosen = [patch for patch in self.patches if patch is not full and info.name in patch.info.shapes]
+        readers = [patch.entries(info.name, sharing=len(chosen)) for patch in chosen]
         old, new = TensorHash(), TensorHash()
         for start, stop, part in ahead(partial(self._part, full, info, old, *block) for block in blocks(info)):
             self.entries += _set(part, start, stop, readers)
@@ -176,12 +211,15 @@ class _Work:
         first, last = self.patches[0].info, self.patches[-1].info
         if first.kind != "full" and before != first.base:
             at = next((patch.info for patch in self.patches if patch.info.result == before), None)
-            why = (
-                f"it is at step {at.step} of these patches already; give the later ones alone"
-                if at is not None
-                else f"its state is {before} and the patch from step {first.base_step} needs {first.base}: another "
-                "model, another step, or changed files"
-            )
+            if at is last:
+                why = f"it is at step {at.step} already, where they lead"
+            elif at is not None:
+                why = f"it is at step {at.step} already; give the later patches alone"
+            else:
+                why = (
+                    f"its state is {before} and the patch from step {first.base_step} needs {first.base}: another "
+                    "model, another step, or changed files"
+                )
             raise PatchError(f"{self.target.path} is not what {first.path} was made for: {why}. Nothing was changed.")
         if after != last.result:
             raise PatchError(
@@ -205,9 +243,9 @@ def _set(part: Tensor, start: int, stop: int, readers: Sequence[EntryReader]) ->
 def _by_file(target: Checkpoint) -> dict[Path, list[TensorInfo]]:
     """The tensors of each weights file in the order of their bytes."""
     found: dict[Path, list[TensorInfo]] = {}
-    for info in target.tensors.values():
+    for info in target.tensors.values():  # which are in that order
         found.setdefault(info.file, []).append(info)
-    return {file: sorted(infos, key=lambda info: (info.offset, info.nbytes)) for file, infos in found.items()}
+    return found
 
 
 def _rewrite(source: Path, draft: IO[bytes], infos: list[TensorInfo], work: _Work) -> None:
@@ -218,63 +256,84 @@ def _rewrite(source: Path, draft: IO[bytes], infos: list[TensorInfo], work: _Wor
         work.tensor(info, draft)
 
 
-def _in_place(place: Target, work: _Work) -> Applied:
-    with place.drafts() as drafts:
-        for source, infos in _by_file(work.target).items():
-            if any(info.name in work.touched for info in infos):
-                _rewrite(source, drafts.open(source), infos, work)
-            else:
-                for info in infos:
-                    work.tensor(info, None)
-        state = work.check()
-        files = drafts.commit(state)
+def _in_place(drafts: Drafts, work: _Work) -> Applied:
+    for source, infos in _by_file(work.target).items():
+        if any(info.name in work.touched for info in infos):
+            _rewrite(source, drafts.open(source), infos, work)
+        else:
+            for info in infos:
+                work.tensor(info, None)
+    state = work.check()
+    files = drafts.commit(state)
     return Applied(work.target.path, work.patches[-1].info.step, state, files, work.entries)
 
 
 def _elsewhere(target: Checkpoint, work: _Work, out: Path) -> Applied:
     """A copy of the target with the new values, written whole or not at all."""
-    if out.exists():
-        raise PatchError(f"{out} exists; give the name of a new {'folder' if target.path.is_dir() else 'file'}.")
     files = _by_file(target)
-    if not target.path.is_dir():
-        place = Target(out)
-        with place.drafts() as drafts:
-            for source, infos in files.items():
-                _rewrite(source, drafts.open(out), infos, work)
+    source = Target(target.path)
+    single = not source.path.is_dir() and source.index is None
+    if out.exists():
+        raise PatchError(f"{out} exists; give the name of a new {'file' if single else 'folder'}.")
+    if single:
+        if out.suffix != ".safetensors":
+            raise PatchError(f"{out}: a weights file's name ends with .safetensors.")
+        if not out.absolute().parent.is_dir():
+            raise PatchError(f"{out}: there is no folder {out.absolute().parent}.")
+        with Target(out).changing() as drafts:
+            for file, infos in files.items():
+                _rewrite(file, drafts.open(out), infos, work)
             state = work.check()
             drafts.commit(state)
     else:
+        folder = next(iter(files)).parent if source.index is None else source.index.parent
         with new_folder(out.absolute()) as fresh:
-            for source, infos in files.items():
-                with (fresh / source.name).open("wb") as draft:
-                    _rewrite(source, draft, infos, work)
+            for file, infos in files.items():
+                copy = fresh / file.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with copy.open("wb") as draft:
+                    _rewrite(file, draft, infos, work)
+                    _sync(draft)
             state = work.check()
-            names = {source.name for source in files}
-            for other in target.path.iterdir():
-                if other.is_file() and other.name not in names and not other.name.startswith("."):
+            for other in folder.iterdir():
+                # Other weights are of the state before, in other files or formats.
+                if other == source.index or (other.is_file() and not _hidden_or_weights(other)):
                     shutil.copyfile(other, fresh / other.name)
             sync_folder(fresh)
     return Applied(out, work.patches[-1].info.step, state, len(files), work.entries)
 
 
-def write_checkpoint(patches: Sequence[PatchFile], out: Path, beside: Iterator[Path]) -> Applied:
+def _hidden_or_weights(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.endswith(_WEIGHTS)
+
+
+def write_checkpoint(
+    patches: Sequence[PatchFile], out: Path, beside: Iterator[Path], progress: Progress | None = None
+) -> Applied:
     """A new folder from a full patch and those that follow it, with copies of the files ``beside``."""
     anchor = patches[0].info
     if anchor.kind != "full":
         raise PatchError(f"{anchor.path} is a {anchor.kind} patch; a checkpoint begins with a full one.")
     if out.exists():
         raise PatchError(f"{out} exists; give the name of a new folder.")
-    infos = sorted(read_header(anchor.path).values(), key=lambda info: (info.offset, info.nbytes))
+    infos = list(read_header(anchor.path).values())
     with open_checkpoint(anchor.path) as source, new_folder(out.absolute()) as fresh:
-        work = _Work(source, patches, None)
-        with (fresh / "model.safetensors").open("wb") as draft:
+        work = _Work(source, patches, progress)
+        with (fresh / WEIGHTS).open("wb") as draft:
             draft.write(_plain_header(infos))
             for info in infos:
                 work.tensor(info, draft)
+            _sync(draft)
         state = work.check()
         for path in beside:
             shutil.copyfile(path, fresh / path.name)
+        sync_folder(fresh)
     return Applied(out, patches[-1].info.step, state, 1, work.entries)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _plain_header(infos: list[TensorInfo]) -> bytes:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...audit.checkpoints import open_checkpoint
-from .applying import Applied, apply_patch, linked, write_checkpoint
+from .applying import Applied, Positions, apply_patch, linked, write_checkpoint
 from .file import BLOCK, PatchError, PatchFile, PatchInfo
 from .states import Progress, checkpoint_hash
+from .writer import told
 
 _BESIDE = (".json", ".txt", ".model", ".jinja")
 
@@ -73,9 +75,11 @@ class PatchChain:
         return sorted({info.step for info in (*self.anchors, *self.patches)})
 
     def way(self, step: int | None = None, state: str | None = None) -> list[PatchInfo]:
-        """The shortest run of patches to a step (the last one by default): from ``state``, or from an anchor.
+        """The patches that lead to a step (the last one by default): from ``state``, or from an anchor.
 
-        Raises :class:`PatchError` for a step that the chain does not name or a patch that is missing on the way.
+        From the last anchor before the step where ``state`` is not given, does not lie on the way, or lies so far back
+        that more bytes would be read. Raises :class:`PatchError` for a step that the chain does not name, and a patch
+        that is missing on the way.
         """
         wanted = self.steps[-1] if step is None else step
         if wanted not in self.steps:
@@ -95,6 +99,8 @@ class PatchChain:
                 from_anchor = [whole, *run]
                 if state is None:
                     return from_anchor
+            if from_anchor is not None and sum(i.nbytes for i in run) >= sum(i.nbytes for i in from_anchor):
+                return from_anchor
             if patch is None or patch.result != need or patch.base_step is None or patch.base is None:
                 if from_anchor is not None:
                     return from_anchor
@@ -117,10 +123,16 @@ class PatchChain:
     ) -> Applied:
         """Bring a checkpoint to a step of the chain, from whatever state of the chain it is in.
 
-        The target is read twice: once for the state that it is in. Raises as :func:`apply_patch` does.
+        The target is read twice: once for the state that it is in. Raises as :func:`apply_patch` does, and
+        :class:`PatchError` for a target that is in none of the chain's states: an anchor would overwrite it.
         """
         with open_checkpoint(target) as opened:
             state = checkpoint_hash(opened)
+        if not any(state in (info.base, info.result) for info in (*self.anchors, *self.patches)):
+            raise PatchError(
+                f"{target} is in the state {state}, which is none of the chain in {self.folder}: another model, "
+                "another run, or changed files. Nothing was changed; to write a step into a new folder, restore it."
+            )
         run = self.way(step, state)
         if not run and out is None:
             return Applied(Path(target), self.steps[-1] if step is None else step, state, 0, 0)
@@ -128,14 +140,14 @@ class PatchChain:
             raise PatchError(f"{target} is at the wanted step already; copy it.")
         return apply_patch(target, *(info.path for info in run), out=out, progress=progress)
 
-    def restore(self, out: str | Path, step: int | None = None) -> Applied:
-        """Write the checkpoint of a step into a new folder, from the last anchor before it. Bit for bit."""
-        opened = [PatchFile(info.path) for info in self.way(step)]
-        try:
-            return write_checkpoint(linked(opened), Path(out), self._beside())
-        finally:
-            for patch in opened:
-                patch.close()
+    def restore(self, out: str | Path, step: int | None = None, *, progress: Progress | None = None) -> Applied:
+        """Write the checkpoint of a step into a new folder, from the last anchor before it. Bit for bit.
+
+        With copies of the model's ``config.json``, tokenizer and the like, where they lie beside the patches.
+        """
+        with told(out), ExitStack() as stack:
+            opened = [stack.enter_context(PatchFile(info.path)) for info in self.way(step)]
+            return write_checkpoint(linked(opened), Path(out), self._beside(), progress)
 
     def verify(self) -> None:
         """Read every file whole, and check that each patch follows from one before it.
@@ -143,8 +155,9 @@ class PatchChain:
         Raises :class:`PatchError` for the first that is damaged or leads from a state that the chain does not have.
         """
         states = {info.result for info in self.anchors}
+        known = Positions()
         for info in sorted((*self.anchors, *self.patches), key=lambda info: (info.step, info.kind != "full")):
-            verify_patch(info.path)
+            _verify(info.path, known)
             if info.kind != "full" and info.base not in states:
                 raise PatchError(
                     f"{info.path} begins at step {info.base_step}, in a state that no anchor or patch before it leads "
@@ -154,14 +167,19 @@ class PatchChain:
 
     def _beside(self) -> Iterator[Path]:
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.suffix in _BESIDE and not path.name.startswith("."):
+            weights = path.name.endswith(".index.json")  # of the files that it came from
+            if path.is_file() and path.suffix in _BESIDE and not path.name.startswith(".") and not weights:
                 yield path
 
 
 def verify_patch(path: str | Path) -> PatchInfo:
     """Read a patch whole. Raises :class:`PatchError` for a byte that is not what was written, or bad positions."""
+    return _verify(Path(path), Positions())
+
+
+def _verify(path: Path, known: Positions) -> PatchInfo:
     with PatchFile(path) as patch:
-        linked([patch])
+        linked([patch], known)
         if patch.info.kind != "full":
             for name, shape in patch.info.shapes.items():
                 reader, size = patch.entries(name), math.prod(shape)

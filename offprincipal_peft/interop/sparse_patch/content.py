@@ -49,7 +49,7 @@ class TensorHash:
 def hash_tensor(tensor: Tensor) -> str:
     """Of a whole tensor on any device: 32 hex digits."""
     found = TensorHash()
-    found.add(tensor.detach().contiguous().cpu())
+    found.add(tensor.detach().resolve_conj().resolve_neg().contiguous().cpu())
     return found.result()
 
 

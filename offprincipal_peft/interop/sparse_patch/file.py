@@ -21,20 +21,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import torch
 import xxhash
 from torch import Tensor
 
-from ...audit.checkpoints import Checkpoint, open_checkpoint
-from ...audit.headers import CheckpointError, read_header, read_metadata
-from .content import HEX
+from ...audit.headers import CheckpointError, TensorInfo, read_header, read_metadata
+from .content import HEX, bytes_of
 
 FORMAT, VERSION = "offprincipal-sparse-patch", "1"
 Kind = Literal["sparse", "values", "full"]
 WIDE = 2**31  # entries above which positions need int64
 BLOCK = 1 << 21  # entries that are worked on at once
+_MANY = 64  # readers at once from which on no file stays open between two reads
+_LEAST = 1 << 12  # entries that a reader takes at once, however many there are
 _KEYS = ("version", "kind", "step", "base_step", "base", "result", "digest", "indices_of", "total", "shapes")
 
 
@@ -91,14 +92,14 @@ class PatchFile:
             raise PatchError(f"{path} is no file; give a patch that `offprincipal patch make` wrote.")
         try:
             metadata = read_metadata(path)
-            if metadata.get("patch") != FORMAT:
-                raise PatchError(f"{path} is a safetensors file but no patch: its metadata do not say {FORMAT!r}.")
-            # An empty patch has no tensors, which for a model would be a mistake.
-            self._source = open_checkpoint(path) if _has_tensors(path) else None
+            self._tensors = read_header(path)
         except CheckpointError as error:
             raise PatchError(f"{error}") from error
-        self.info = _info(path, metadata, self._source)
+        if metadata.get("patch") != FORMAT:
+            raise PatchError(f"{path} is a safetensors file but no patch: its metadata do not say {FORMAT!r}.")
+        self.info = _info(path, metadata, self._tensors)
         self._positions: PatchFile | None = None
+        self._file: IO[bytes] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -107,8 +108,7 @@ class PatchFile:
 
     def stored(self, name: str) -> str:
         """The dtype's name in the file: "BF16"."""
-        assert self._source is not None
-        return self._source.tensors[self._key(name)].stored
+        return self._tensors[self._key(name)].stored
 
     def check_digest(self) -> None:
         """Read the whole file. Raises :class:`PatchError` where a byte is not what was written."""
@@ -127,33 +127,43 @@ class PatchFile:
 
     def positions_from(self, other: PatchFile) -> None:
         """Take the positions of a "values" patch from the patch that holds them."""
-        if other.info.digest != self.info.indices_of:
+        if other.info.digest != self.info.indices_of or other.info.kind != "sparse":
             raise PatchError(
-                f"{self.info.path} needs the positions of the patch with digest {self.info.indices_of}; "
-                f"{other.info.path} has {other.info.digest}."
+                f"{self.info.path} needs the positions of the sparse patch with digest {self.info.indices_of}; "
+                f"{other.info.path} is {other.info.kind} and has {other.info.digest}."
             )
         for name, count in self.info.entries.items():
             if other.info.entries.get(name) != count:
                 raise PatchError(f"{self.info.path}: {name} has {count} values and not the entries of its positions.")
         self._positions = other
 
-    def entries(self, name: str) -> EntryReader:
-        """The entries of one tensor, in order."""
+    def entries(self, name: str, *, sharing: int = 1) -> EntryReader:
+        """The entries of one tensor, in order. ``sharing``: how many readers share the memory of one block."""
         info = self.info
         if info.kind == "values" and self._positions is None:
             raise PatchError(
                 f"{info.path} holds values alone; the patch with digest {info.indices_of} holds their positions. Put "
                 "it into the same folder or give it before this one."
             )
-        return EntryReader(self, self._positions or self, name)
+        return EntryReader(self, self._positions or self, name, sharing)
 
-    def read(self, name: str, what: str, start: int, stop: int) -> Tensor:
-        assert self._source is not None
-        return self._source.read_entries(self._key(name, what), start, stop)
+    def read(self, name: str, what: str, start: int, stop: int) -> Tensor:  # -> (stop - start,)
+        """Some "values" or "indices" of a tensor, as they are stored."""
+        info = self._tensors[self._key(name, what)]
+        assert info.dtype is not None and 0 <= start <= stop <= info.numel
+        found = torch.empty(stop - start, dtype=info.dtype)
+        if len(found):
+            file = self._open()
+            file.seek(info.offset + start * found.itemsize)
+            if file.readinto(bytes_of(found)) != found.nbytes:  # type: ignore[attr-defined]
+                raise PatchError(f"{info.file} became shorter while it was read; copy it again.")
+        return found
 
     def close(self) -> None:
-        if self._source is not None:
-            self._source.close()
+        """Close the file. Reading opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         if self._positions is not None:
             self._positions.close()
 
@@ -163,6 +173,11 @@ class PatchFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _open(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = self.info.path.open("rb")
+        return self._file
+
     def _key(self, name: str, what: str = "values") -> str:
         return name if self.info.kind == "full" else f"{name}.{what}"
 
@@ -170,10 +185,11 @@ class PatchFile:
 class EntryReader:
     """The positions and values of one tensor, taken from the front: bounded memory however many there are."""
 
-    def __init__(self, values: PatchFile, positions: PatchFile, name: str) -> None:
+    def __init__(self, values: PatchFile, positions: PatchFile, name: str, sharing: int = 1) -> None:
         self._values, self._positions, self._name = values, positions, name
         self._count, self._done, self._last = values.info.entries[name], 0, -1
         self._size = math.prod(values.info.shapes[name])
+        self._at_once, self._close = max(BLOCK // sharing, _LEAST), sharing > _MANY
         self._held: tuple[Tensor, Tensor] | None = None
 
     def take(self, stop: int) -> tuple[Tensor, Tensor]:  # -> ((c,) int64, (c,) in the checkpoint's dtype)
@@ -202,9 +218,11 @@ class EntryReader:
         return torch.cat([p for p, _ in parts]), torch.cat([v for _, v in parts])
 
     def _next(self) -> tuple[Tensor, Tensor]:
-        stop = min(self._count, self._done + BLOCK)
+        stop = min(self._count, self._done + self._at_once)
         positions = self._positions.read(self._name, "indices", self._done, stop).long()
         values = self._values.read(self._name, "values", self._done, stop)
+        if self._close:
+            self._values.close()
         where = f"{self._positions.info.path}: the positions of {self._name}"
         if int(positions[0]) <= self._last or not bool((positions[1:] > positions[:-1]).all()):
             raise PatchError(f"{where} do not ascend; the file is damaged or was not written by this package.")
@@ -214,16 +232,12 @@ class EntryReader:
         return positions, values
 
 
-def _has_tensors(path: Path) -> bool:
-    return bool(read_header(path))
-
-
-def _info(path: Path, metadata: dict[str, str], source: Checkpoint | None) -> PatchInfo:
+def _info(path: Path, metadata: dict[str, str], tensors: Mapping[str, TensorInfo]) -> PatchInfo:
     if metadata.get("version") != VERSION:
         raise PatchError(
-            f"{path} has version {metadata.get('version')!r} of the patch format; this package reads {VERSION!r}."
+            f"{path} has version {metadata.get('version')!r} of the patch format; this package reads {VERSION!r}. Use "
+            "the version of the package that wrote it, or a later one."
         )
-    tensors = dict(source.tensors) if source is not None else {}
     try:
         missing = [key for key in _KEYS if key not in metadata]
         if missing:
@@ -231,13 +245,8 @@ def _info(path: Path, metadata: dict[str, str], source: Checkpoint | None) -> Pa
         kind: Any = metadata["kind"]
         if kind not in ("sparse", "values", "full"):
             raise ValueError(f"its kind is {kind!r}; sparse, values or full is known")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        entries = _entries(kind, shapes, tensors)
-        for key in ("base", "result", "digest", "indices_of"):
-            if metadata[key] and (len(metadata[key]) != HEX or set(metadata[key]) - set("0123456789abcdef")):
-                raise ValueError(f"its {key} {metadata[key]!r} is no hash of {HEX} hex digits")
-        if not metadata["result"] or not metadata["digest"] or (kind != "full" and not metadata["base"]):
-            raise ValueError("a hash of its states or its digest is empty")
+        _check_states(kind, metadata)
+        shapes = _shapes(kind, metadata["shapes"], tensors)
         return PatchInfo(
             path=path,
             kind=kind,
@@ -249,28 +258,52 @@ def _info(path: Path, metadata: dict[str, str], source: Checkpoint | None) -> Pa
             indices_of=metadata["indices_of"] or None,
             total=int(metadata["total"]),
             shapes=shapes,
-            entries=entries,
+            entries=_entries(kind, shapes, dict(tensors)),
             nbytes=path.stat().st_size,
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PatchError(f"{path} is damaged, or no patch of this package: {error}.") from error
 
 
-def _entries(kind: Kind, shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, Any]) -> dict[str, int]:
+def _check_states(kind: Kind, metadata: Mapping[str, str]) -> None:
+    """Hashes and numbers that are there where the kind has them, and steps that go forward."""
+    needed = {"result", "digest"} | ({"base", "base_step"} if kind != "full" else set())
+    needed |= {"indices_of"} if kind == "values" else set()
+    for key in ("base", "base_step", "result", "digest", "indices_of"):
+        text = metadata[key]
+        if bool(text) != (key in needed):
+            raise ValueError(f"a {kind} patch {'needs' if not text else 'has no'} {key}")
+        if text and key != "base_step" and (len(text) != HEX or set(text) - set("0123456789abcdef")):
+            raise ValueError(f"its {key} {text!r} is no hash of {HEX} hex digits")
+    for key in ("step", "base_step", "total"):
+        if metadata[key] and not (metadata[key].isascii() and metadata[key].isdecimal()):
+            raise ValueError(f"its {key} {metadata[key]!r} is no whole number")
+    if metadata["base_step"] and int(metadata["step"]) <= int(metadata["base_step"]):
+        raise ValueError(f"it goes from step {metadata['base_step']} to {metadata['step']}, which is not later")
+
+
+def _shapes(kind: Kind, text: str, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """Of each tensor with entries. The metadata list them in the order of their names, which are in the keys."""
+    keys = tensors if kind == "full" else [key.removesuffix(".values") for key in tensors if key.endswith(".values")]
+    shapes = json.loads(text)
+    if not isinstance(shapes, list) or len(shapes) != len(keys):
+        raise ValueError(f"its metadata should list the shapes of {len(keys)} tensors")
+    return {name: tuple(shape) for name, shape in zip(sorted(keys), shapes, strict=True)}
+
+
+def _entries(kind: Kind, shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, TensorInfo]) -> dict[str, int]:
     """How many entries each tensor has; the file must hold just what the metadata say."""
     entries = {}
     for name, shape in shapes.items():
         size = math.prod(shape)
-        if kind == "full":
-            info = tensors.pop(name, None)
-            if info is None or info.shape != shape:
-                raise ValueError(f"{name} should have the shape {shape}")
-            entries[name] = size
-            continue
-        values = tensors.pop(f"{name}.values", None)
-        if values is None or len(values.shape) != 1:
+        values = tensors.pop(name if kind == "full" else f"{name}.values", None)
+        if kind == "full" and (values is None or values.shape != shape):
+            raise ValueError(f"{name} should have the shape {shape}")
+        if values is None or (kind != "full" and len(values.shape) != 1):
             raise ValueError(f"it has no 1-D {name}.values")
-        entries[name] = values.numel
+        if values.dtype is None:
+            raise ValueError(f"{values.name} is stored as {values.stored}, which torch cannot hold")
+        entries[name] = size if kind == "full" else values.numel
         if kind == "sparse":
             positions = tensors.pop(f"{name}.indices", None)
             wanted = positions_dtype(shape)

@@ -247,6 +247,7 @@ class PatchFollower:
         self._tensors = {item.name: item.value for item in LiveState(model).tensors()}
         self._marks = {name: _mark_of(value) for name, value in self._tensors.items()}
         self.step: int | None = None
+        self._seen: set[str] | None = None  # the files of the last look, which led to the last step
 
     @classmethod
     def load(cls, folder: str | Path, step: int | None = None, **options: Any) -> PatchFollower:
@@ -278,12 +279,15 @@ class PatchFollower:
         Every patch is checked whole before the first byte of the model changes. Raises :class:`PatchError` for a chain
         that does not lead there; the model keeps its last step.
         """
+        names = {path.name for path in self.folder.glob("*.safetensors")}
+        if step is None and names == self._seen:
+            return None
         chain = PatchChain.read(self.folder)
         wanted = chain.steps[-1] if step is None else step
         run = chain.way(wanted, self.state)
         if not run:
             new = self.step != wanted
-            self.step = wanted
+            self.step, self._seen = wanted, names if step is None else None
             return wanted if new else None
         opened = [PatchFile(info.path) for info in run]
         try:
@@ -294,7 +298,7 @@ class PatchFollower:
         finally:
             for patch in opened:
                 patch.close()
-        self.step = wanted
+        self.step, self._seen = wanted, names if step is None else None
         return wanted
 
     def _check(self, patches: list[PatchFile]) -> None:

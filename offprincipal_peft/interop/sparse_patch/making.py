@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from ...audit.checkpoints import Checkpoint, open_checkpoint
 from ...audit.headers import TensorInfo
 from .content import TensorHash, bits_of, state_hash
 from .file import PatchError, PatchFile, PatchInfo
-from .states import Buffers, Progress, ahead, blocks, mark, read, same_tensors
-from .writer import PatchWriter
+from .states import Buffers, Progress, ahead, blocks, mark, pick, read, same_tensors
+from .writer import PatchWriter, told
 
 _DENSE = 8  # where more than one in so many words differs, entries are compared at once
 
@@ -31,7 +32,7 @@ def make_patch(
 ) -> PatchInfo:
     """Write what differs between two checkpoints of one model, bit for bit.
 
-    Memory: some blocks of 2^21 entries, and up to 64 MB of the patch; the rest of it waits on disk.
+    Memory: some blocks of 2^21 entries, and up to 32 MB of the patch; the rest of it waits on disk.
 
     Args:
         base, tuned: Hugging Face folders (sharded or not) or single safetensors files.
@@ -45,12 +46,15 @@ def make_patch(
     """
     if step <= base_step or base_step < 0:
         raise PatchError(f"step {step} must come after base_step {base_step}, and both must not be negative.")
-    with open_checkpoint(base) as before, open_checkpoint(tuned) as after:
+    with told(out), ExitStack() as stack:
+        before, after = (stack.enter_context(open_checkpoint(side)) for side in (base, tuned))
         same_tensors(before, after)
         total = sum(info.numel for info in before.tensors.values())
-        known = PatchFile(positions) if positions is not None else None
+        known = stack.enter_context(PatchFile(positions)) if positions is not None else None
         if known is not None:
             _check_positions(known, before)
+            if Path(out).exists() and Path(out).samefile(known.info.path):
+                raise PatchError(f"{out} holds the positions that the new patch needs; give another name.")
         with PatchWriter(
             out,
             "sparse" if known is None else "values",
@@ -73,7 +77,7 @@ def make_anchor(
     """
     if step < 0:
         raise PatchError(f"step must not be negative, got {step}.")
-    with open_checkpoint(source) as side:
+    with told(out), open_checkpoint(source) as side:
         whole = {}
         for info in side.tensors.values():
             if info.dtype is None:
@@ -114,7 +118,7 @@ def _compare(
                 if len(changed) and (known is not None or info.dtype is None):
                     raise PatchError(_refusal(info, known))
                 if len(changed):
-                    writer.add(info.name, info.shape, changed + start, second.index_select(0, changed))
+                    writer.add(info.name, info.shape, changed + start, pick(second, changed))
             done += first.nbytes + second.nbytes
             if progress is not None:
                 progress(done, size)
@@ -147,7 +151,7 @@ def _covered(writer: PatchWriter, info: TensorInfo, positions: Tensor, first: Te
     if not torch.equal(expected, bits_of(second)):
         raise PatchError(f"{info.name} changed at entries that are not among the given positions; make a sparse patch.")
     if len(positions):
-        writer.add(info.name, info.shape, None, second.index_select(0, positions))
+        writer.add(info.name, info.shape, None, pick(second, positions))
 
 
 def _check_positions(known: PatchFile, side: Checkpoint) -> None:

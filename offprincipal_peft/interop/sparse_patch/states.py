@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...audit.checkpoints import Checkpoint
 from ...audit.headers import CheckpointError, TensorInfo
-from .content import TensorHash, TensorMark, bytes_of, state_hash
+from .content import TensorHash, TensorMark, bits_of, bytes_of, state_hash
 from .file import BLOCK, PatchError
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -69,6 +69,11 @@ def ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
                 del ready
         if coming is not None:
             yield coming.result()
+
+
+def pick(values: Tensor, positions: Tensor) -> Tensor:  # (n,), (c,) int64 -> (c,)
+    """Entries of a flat tensor, as bits: torch cannot select from every dtype."""
+    return bits_of(values).index_select(0, positions).view(values.dtype)
 
 
 def mark(info: TensorInfo, content: str) -> TensorMark:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -15,11 +16,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ...audit.headers import STORED_NAMES
+from ...audit.headers import STORED_NAMES, CheckpointError, read_metadata
 from .content import HEX, bytes_of
 from .file import FORMAT, VERSION, Kind, PatchError, PatchFile, PatchInfo, file_digest, positions_dtype
 
-_SPOOLED = 64 << 20  # bytes of a patch in the making that stay in memory
+_SPOOLED = 16 << 20  # bytes of the positions, and of the values, that stay in memory
 
 
 class PatchWriter:
@@ -54,6 +55,8 @@ class PatchWriter:
             raise PatchError(f"{self.path}: a patch is a safetensors file; give a name that ends with .safetensors.")
         if self.path.is_dir() or (self.path.exists() and not overwrite):
             raise PatchError(f"{self.path} exists; give another name, or overwrite=True (--overwrite).")
+        if self.path.exists() and not is_patch(self.path):
+            raise PatchError(f"{self.path} exists and is no patch; only a patch is overwritten. Give another name.")
         folder = self.path.absolute().parent
         if not folder.is_dir():
             raise PatchError(f"{self.path}: there is no folder {folder}.")
@@ -129,7 +132,7 @@ class PatchWriter:
 
     def _header(self) -> bytes:
         """As the file begins, with the hashes as they are now: they do not change its length."""
-        shapes = json.dumps({name: list(shape) for name, shape in self._shapes.items()}, separators=(",", ":"))
+        shapes = json.dumps([list(shape) for _, shape in sorted(self._shapes.items())], separators=(",", ":"))
         header = {"__metadata__": {**self._metadata, "shapes": shapes}, **dict(self._places())}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -165,13 +168,28 @@ def _spool(folder: Path) -> IO[bytes]:
     return tempfile.SpooledTemporaryFile(max_size=_SPOOLED, dir=str(folder))
 
 
+def is_patch(path: Path) -> bool:
+    """Whether a file says that it is a patch; a damaged one may still say so."""
+    try:
+        return read_metadata(path).get("patch") == FORMAT
+    except CheckpointError:
+        return False
+
+
+@contextmanager
+def told(path: str | Path) -> Iterator[None]:
+    """A full disk, a missing permission and the like as :class:`PatchError`: what was written, and why it was not."""
+    try:
+        yield
+    except OSError as error:
+        raise PatchError(f"writing {path} failed: {error}. What was there is as it was.") from error
+
+
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` last; nothing where the system cannot open folders."""
-    try:
+    """Make renames in ``folder`` last; nothing where the system or its disk cannot do that with folders."""
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ...geometry.numerics import full_precision
 from ..base_weight import pristine_state, quantization, undo_packing
 from ..pending import PendingStarts
+from ..sharding import managed_by_fsdp, sharded_like
 from .config import OffPrincipalLoraConfig
 from .fold import folded_factors
 from .inits import Bases, LayerStart, StartRequest, compute_start
@@ -26,6 +27,7 @@ from .state import (
     AdapterGeometry,
     FactorScope,
     FrozenFactor,
+    check_gathered,
     check_loaded,
     stored_starts,
     weight_of,
@@ -232,10 +234,12 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
     def _fold(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         if self._pending:
             self.ensure_started(adapter_name)
+        B, A = weight_of(self.lora_B, adapter_name), weight_of(self.lora_A, adapter_name)
+        check_gathered(self._name, A, B)
         B0, A0 = self.subtracted_starts(adapter_name)
         return folded_factors(
-            weight_of(self.lora_B, adapter_name),
-            weight_of(self.lora_A, adapter_name),
+            B,
+            A,
             B0=B0,
             A0=A0,
             U=self._basis(self.lora_basis_U, adapter_name),
@@ -252,6 +256,13 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
         return basis
 
     def _was_cast(self, what: str, dtype: torch.dtype) -> RuntimeError:
+        if managed_by_fsdp(self):
+            return RuntimeError(
+                f"{self._name}: FSDP's mixed precision casts a {what} of the adapter to {dtype} for the forward: a "
+                "rounded basis does not guarantee its projection, and a rounded difference loses small updates. Load "
+                "the base model in bfloat16 and use no mixed precision (accelerate: mixed_precision: 'no'; "
+                "TrainingArguments: bf16=False), which leaves the adapter in float32 (docs/distributed.md)."
+            )
         return RuntimeError(
             f"{self._name}: a {what} of the adapter was cast to {dtype} by code that writes parameters' data (PEFT's "
             "cast_mixed_precision_params does), which is another start and another guarantee. Cast the model with "
@@ -270,6 +281,8 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
         B0, A0 = (weight_of(kept, adapter_name).detach() for kept in (self.lora_start_B, self.lora_start_A))
         if B0.itemsize < B.itemsize:
             raise self._was_cast("start", B0.dtype)
+        if B.itemsize < 4 and managed_by_fsdp(self) and quantization(self.get_base_layer()) is None:
+            raise self._was_cast("factor", B.dtype)
         B0, A0 = B0.to(B.dtype), A0.to(A.dtype)
         padding = A.shape[0] - A0.shape[0]
         return (F.pad(B0, (0, padding)), F.pad(A0, (0, 0, 0, padding))) if padding else (B0, A0)
@@ -334,6 +347,9 @@ class OffPrincipalLinear(ExactMerge, LoraLinear):
                     "the base impossible to restore. Call unmerge_adapter() first."
                 )
             check_loaded(expected, present, state_dict, geometry.request)
+            for key in present:
+                parameter = self.get_parameter(key.removeprefix(prefix))
+                state_dict[key] = sharded_like(state_dict[key], parameter)
             pending = self._pending.pop(name, None)
             if pending is not None:
                 pending.unstarted.discard(geometry.request.name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sharding import check_not_partitioned, is_dtensor
 from .config import OffPrincipalLoraConfig
 from .inits import StartRequest
 
@@ -102,6 +103,18 @@ def weight_of(container: nn.ModuleDict, adapter_name: str) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def check_gathered(where: str, *factors: Tensor) -> None:
+    """Raises ``RuntimeError`` for factors that are not whole: ZeRO-3's, and FSDP2's outside of a forward."""
+    for factor in factors:
+        check_not_partitioned(where, "the adapter's factors", factor)
+        if is_dtensor(factor):
+            raise RuntimeError(
+                f"{where}: the adapter's factors are sharded and were not gathered, which FSDP does for the forward of "
+                "the unit that fully_shard was given (give it whole blocks, not the layers in them). Merge, export and "
+                "inspect the update in a process that loads the saved adapter on a whole model (docs/distributed.md)."
+            )
 
 
 def check_loaded(

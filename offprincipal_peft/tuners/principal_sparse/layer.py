@@ -21,14 +21,16 @@ from transformers.pytorch_utils import Conv1D
 from ...kernels import packed_delta_linear, packed_linear, rewritten_linear
 from ..base_weight import float_dtype, merged_copy, pristine_state, quantization, undo_packing, weight_shape
 from ..pending import PendingStarts
+from ..sharding import check_not_partitioned
 from .config import PrincipalSparseConfig
 from .packed import PackedDelta
 from .plan import MaskPlan, build_plan, no_values
 from .scope import WriteScope
+from .sharded import ShardedBase
 from .storing import StoredAdapters, Vetted
 
 
-class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
+class PrincipalSparseLinear(StoredAdapters, ShardedBase, BaseTunerLayer):
     """Sparse fine-tuning of an ``nn.Linear``, a ``Conv1D`` or a layer that bitsandbytes quantised."""
 
     if TYPE_CHECKING:  # what the mixin, which carries no types, brings
@@ -163,12 +165,6 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
 
     # -- the base weight --------------------------------------------------------------------------------------------
 
-    def stored_matrix(self) -> Tensor:
-        """The base weight's data as it is stored: (d_out, d_in), or (d_in, d_out) for ``Conv1D``."""
-        weight = self.get_base_layer().weight
-        assert isinstance(weight, Tensor)
-        return weight.data
-
     def realise(self, adapter: str) -> None:
         """Make the base weight hold the values of ``adapter`` as they are now.
 
@@ -293,7 +289,8 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         """The base's own output, also for a backward that comes after an adapter was written into its weight."""
         self.restore()
         base: Any = self.get_base_layer()
-        if self.quantized or not torch.is_grad_enabled() or not x.requires_grad or base.weight.requires_grad:
+        unwritten = self.quantized or self.sharded
+        if unwritten or not torch.is_grad_enabled() or not x.requires_grad or base.weight.requires_grad:
             return self._base(x)
         return rewritten_linear(
             x, base.weight, base.bias, transposed=self.transposed, before_backward=self._restore_for_backward
@@ -310,6 +307,8 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
     def _with_adapter(self, x: Tensor, adapter: str, *, named: bool = False) -> Tensor:
         if self.quantized:
             return self._beside_base(x, adapter)
+        if self.sharded:
+            return self._on_gathered_base(x, adapter)
         self.realise(adapter)
         delta = self.delta(adapter)
         if not torch.is_grad_enabled() or not (x.requires_grad or delta.weight.requires_grad):
@@ -330,6 +329,7 @@ class PrincipalSparseLinear(StoredAdapters, BaseTunerLayer):
         """``base(x) + dW x``: what a quantised base allows. Zero updates leave the base's output as it is."""
         self.ensure_started(adapter)
         delta = self.delta(adapter)
+        check_not_partitioned(self.name, "the packed values", delta.weight)
         delta.bind()
         result = self._base(x)
         return result + packed_delta_linear(x, delta.weight, delta.layout).to(result.dtype)

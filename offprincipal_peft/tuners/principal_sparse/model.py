@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...geometry.masks import MatchReport, OverlapReport, needs_spectrum
 from ..base_weight import finish_merge, model_dtype, quantization
 from ..pending import PendingStarts, built_empty
+from ..sharding import is_dtensor
 from ..targets import check_supported, matched_targets, targets_filled_in
 from ..transformers_loading import expect_nothing, expect_values
 from .config import PrincipalSparseConfig
@@ -301,7 +302,7 @@ def _check_targets(
 ) -> None:
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_meta:
+        if not parameter.is_meta and not is_dtensor(parameter):
             owners[parameter.untyped_storage().data_ptr()].append(name.removeprefix("_orig_mod."))
     for key, module in targets.items():
         base = module.get_base_layer() if isinstance(module, PrincipalSparseLinear) else module

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ...geometry.precision import join_master, split_master
 from ...kernels import Layout, write_sum_, write_values_
 from ...kernels.packed_update import PackedMaster, Precision, register_master
+from ..sharding import inside_ddp, own_part, sharded_like, whole
 from .plan import MaskPlan
+from .sharded import is_move_to_meta, meta_error
 
 if TYPE_CHECKING:
     from .layer import PrincipalSparseLinear
@@ -36,6 +38,7 @@ class PackedDelta(nn.Module, PackedMaster):
         self.stash: Tensor | None = None
         self.sample: Tensor | None = None
         self.forwards = 0
+        self.in_buckets = False  # whether DDP averages the gradient; for good, since gradients are accumulated
         self.kept_dtype = dtype if precision == "fp32" else torch.bfloat16  # a trainer may cast the parameter itself
         self.weight = nn.Parameter(torch.empty(0, dtype=self.kept_dtype))
         self.bind()
@@ -57,7 +60,9 @@ class PackedDelta(nn.Module, PackedMaster):
             self.weight.data = self.weight.data.to(self.kept_dtype)
         if self.precision != "fp32":
             register_master(self.weight, self)
-            self.weight.grad_dtype = torch.float32  # gradients keep their precision though the parameter is bf16
+            # Gradients keep their precision though the parameter is bf16, but in DDP's buckets, which have its dtype.
+            self.in_buckets = self.in_buckets or inside_ddp()
+            self.weight.grad_dtype = self.weight.dtype if self.in_buckets else torch.float32
 
     def original(self) -> Tensor:
         if not self.is_written:
@@ -100,6 +105,7 @@ class PackedDelta(nn.Module, PackedMaster):
 
         The parameter object stays where its size and device do, so that an optimiser that holds it stays right.
         """
+        self.owner[0].check_own_weight()
         device, slots = self.owner[0].device, plan.layout.slots
         plan.layout = plan.layout.to(device)
         self.plan, self.stash = plan, None
@@ -137,7 +143,7 @@ class PackedDelta(nn.Module, PackedMaster):
     def values(self) -> Tensor:
         """What is saved, (count,): the fp32 update, the fp32 trained values (split) or the bf16 trained values."""
         if self.precision != "split":
-            return self.layout.compress(self.weight.detach()).to(self.stored_dtype)
+            return self.layout.compress(whole(self.weight.detach())).to(self.stored_dtype)
         high = self.layout.gather(self.owner[0].stored_matrix()) if self.is_written else self.stash
         assert high is not None
         return self.layout.compress(
@@ -218,7 +224,12 @@ class PackedDelta(nn.Module, PackedMaster):
         return self.plan.packed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDelta:
-        """Move with the model, but keep the dtype; the stash follows the base weight's dtype, as its entries do."""
+        """Move with the model, but keep the dtype; the stash follows the base weight's dtype, as its entries do.
+
+        Raises ``RuntimeError`` for a move of values to the meta device, which accelerate's FSDP makes on one setting.
+        """
+        if self.plan is not None and is_move_to_meta(fn, self.weight):
+            raise meta_error(self.owner[0].name, self.adapter)
         values, grad = self.weight.data, self.weight.grad
         try:
             super()._apply(fn, recurse)
@@ -242,6 +253,16 @@ class PackedDelta(nn.Module, PackedMaster):
     def _stash_is_bits(self) -> bool:
         return self.precision == "split" and not self.is_written
 
+    @property
+    def base(self) -> Tensor | None:
+        """The identity of the weight that the mask was made for. torch's checkpoints look every saved key up here."""
+        return None if self.plan is None else self.plan.base
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 values of a split master, under the name that they are saved by."""
+        return self.values()
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for key, value in self.stored().items():
             destination[prefix + key] = value if keep_vars else value.detach()
@@ -259,7 +280,12 @@ class PackedDelta(nn.Module, PackedMaster):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
-        """Nothing to do: the layer has checked and installed what there is (see its ``_load_from_state_dict``)."""
+        """The layer has checked and installed what there is (see its ``_load_from_state_dict``), but for shards."""
+        if self.owner[0].sharded and prefix + "weight" in state_dict:
+            for hook in self._load_state_dict_pre_hooks.values():  # FSDP's own, after which the parameter is sharded
+                hook(state_dict, prefix, metadata, strict, missing, *rest)
+            values = self.layout.expand(whole(state_dict[prefix + "weight"]).to(self.kept_dtype))
+            own_part(self.weight.detach()).copy_(own_part(sharded_like(values, self.weight)))
         keys = ("master" if self.precision == "split" else "weight", "entries", "base")
         missing += [prefix + key for key in keys if prefix + key not in state_dict]
         if strict:

@@ -35,6 +35,10 @@ class StoredAdapters(nn.Module):
         @property
         def device(self) -> torch.device: ...
         @property
+        def sharded(self) -> bool: ...
+        def check_same_mask(self, adapter: str, stored: dict[str, Tensor]) -> None: ...
+        def _check_sharded_load(self, state_dict: dict[str, Any], prefix: str) -> None: ...
+        @property
         def stored_shape(self) -> tuple[int, int]: ...
         def get_base_layer(self) -> nn.Module: ...
         def stored_matrix(self) -> Tensor: ...
@@ -65,6 +69,11 @@ class StoredAdapters(nn.Module):
 
         Raises ``ValueError`` for a merged layer and whatever :func:`.plan.read_plan` refuses.
         """
+        if self.sharded:
+            self.check_same_mask(adapter, stored)
+            plan = self.delta(adapter).plan
+            assert plan is not None
+            return plan, stored["weight"]
         known = self._vetted.get(adapter)
         if base is None and known is not None and known[0] is stored.get("entries"):
             return known[1], known[2]
@@ -108,6 +117,10 @@ class StoredAdapters(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Check everything that is about to be loaded into this layer before any of it is written."""
+        if self.sharded:
+            self._check_sharded_load(state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            return  # the values are written by the adapter's own module
         incoming = state_dict.get(f"{prefix}base_layer.weight")
         base = None
         if incoming is not None:

@@ -1,0 +1,483 @@
+"""What apply leaves as it is, where it writes, and what it refuses: each time with the target's folder as it was."""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from interop.patches.twins import (
+    LAYOUTS,
+    State,
+    changed,
+    craft,
+    hash_of,
+    join,
+    listing,
+    load,
+    model_state,
+    next_state,
+    same,
+    split,
+    write,
+)
+from offprincipal_peft.audit import CheckpointError
+from offprincipal_peft.interop.sparse_patch import (
+    PatchError,
+    PatchInfo,
+    apply_patch,
+    file,
+    make_anchor,
+    make_patch,
+    states,
+    verify_patch,
+)
+
+ANOTHER = "another model, another step, or changed files"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[list[State], list[PatchInfo]]:
+    """Four states and the patches between them, in the folder "patches"."""
+    found = [model_state()]
+    for seed in (1, 20, 40):
+        found.append(next_state(found[-1], seed))
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "made").mkdir()
+    paths = [write(tmp_path / "made" / str(i), state, "file") for i, state in enumerate(found)]
+    infos = [
+        make_patch(paths[i], paths[i + 1], tmp_path / f"patches/{i + 1}.safetensors", step=i + 1, base_step=i)
+        for i in range(3)
+    ]
+    return found, infos
+
+
+Run = tuple[list[State], list[PatchInfo]]
+
+
+def refused(target: Path, *patches: Path, match: str, kind: type[Exception] = PatchError, **options: Any) -> None:
+    before = listing(target)
+    with pytest.raises(kind, match=match):
+        apply_patch(target, *patches, **options)
+    assert listing(target) == before
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_headers_and_metadata_stay_to_the_byte(run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    target = write(tmp_path / "t", found[0], "file")
+    header, data = split(target)
+    header["__metadata__"]["notes"] = "ü 你"
+    text = json.dumps(header, indent=1, ensure_ascii=False).encode() + b"   "  # not as this package would write it
+    target.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    os.chmod(target, 0o640)
+    apply_patch(target, infos[0].path)
+    raw = target.read_bytes()
+    assert raw[: 8 + len(text)] == len(text).to_bytes(8, "little") + text
+    assert same(load(target), found[1]) and target.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_patches_are_one_after_the_other(layout: str, run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    target = write(tmp_path / "t", found[0], layout)
+    done = apply_patch(target, *(info.path for info in infos))
+    assert same(load(target), found[3])
+    assert (done.path, done.step, done.state) == (target, 3, hash_of(found[3]))
+    assert done.entries == sum(info.count for info in infos)
+
+
+def test_shards_that_do_not_change_are_not_written(run: Run, tmp_path: Path) -> None:
+    found, _ = run
+    later = next_state(found[0], 7, ("a.weight",))  # in the first shard
+    target = write(tmp_path / "t", found[0], "sharded")
+    patch = make_patch(target, write(tmp_path / "later", later, "single"), tmp_path / "p.safetensors")
+    before = {p.name: p.stat().st_ino for p in target.iterdir()}
+    assert apply_patch(target, patch.path).files == 1
+    after = {p.name: p.stat().st_ino for p in target.iterdir()}
+    fresh = f"model-00001-of-00003.{patch.result[:8]}.safetensors"
+    assert set(after) == (set(before) - {"model-00001-of-00003.safetensors"}) | {fresh}
+    kept = set(before) & set(after) - {"model.safetensors.index.json"}
+    assert all(after[name] == before[name] for name in kept) and same(load(target), later)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["kept"] == "as it is" and list(index["weight_map"]) == list(found[0])
+
+
+def test_names_of_shards_do_not_grow(run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    target = write(tmp_path / "t", found[0], "sharded")
+    for info in infos:
+        apply_patch(target, info.path)
+    names = [p.name for p in target.glob("*.safetensors")]
+    assert all(name.count(".") <= 2 for name in names) and len(names) == 3 and same(load(target), found[3])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copy_leaves_the_target(layout: str, run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    (tmp_path / "here").mkdir()
+    target = write(tmp_path / "here/t", found[0], layout)
+    if layout != "file":
+        (target / "tokenizer.json").write_text("{}")
+        (target / "consolidated.safetensors").write_bytes(b"the state before, in another form")
+        (target / "pytorch_model.bin").write_bytes(b"likewise")
+        (target / ".hidden").write_bytes(b"left over")
+    before = listing(target)
+    out = tmp_path / "made" / ("new.safetensors" if layout == "file" else "new")
+    done = apply_patch(target, infos[0].path, infos[1].path, out=out)
+    assert listing(target) == before and done.path == out and done.state == hash_of(found[2])
+    assert same(load(out), found[2])
+    if layout != "file":
+        beside = {p.name for p in out.iterdir()} - {p.name for p in out.glob("model*")}
+        assert beside == {"config.json", "tokenizer.json"}
+        assert {p.name for p in out.glob("model*")} == {p.name for p in target.glob("model*")}
+    assert not [p for p in out.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_a_copy_from_an_index(run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    target = write(tmp_path / "t", found[0], "sharded")
+    apply_patch(target / "model.safetensors.index.json", infos[0].path, out=tmp_path / "out")
+    assert same(load(tmp_path / "out"), found[1]) and same(load(target), found[0])
+    apply_patch(target / "model.safetensors.index.json", infos[0].path)
+    assert same(load(target), found[1])
+
+
+def test_a_full_patch_stands_for_any_state_before_it(run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    anchor = make_anchor(tmp_path / "made/2.safetensors", tmp_path / "patches/a.safetensors", step=2)
+    target = write(tmp_path / "t", next_state(found[0], 77), "sharded")
+    apply_patch(target, anchor.path, infos[2].path)
+    assert same(load(target), found[3])
+    apply_patch(target, infos[0].path, infos[1].path, anchor.path)  # what lies before it is not needed
+    assert same(load(target), found[2])
+
+
+def test_a_symlink_is_replaced_and_what_it_names_stays(run: Run, tmp_path: Path) -> None:
+    """As Hugging Face's cache lays folders out: blobs that several snapshots share."""
+    found, infos = run
+    blob = write(tmp_path / "blob", found[0], "file")
+    content = blob.read_bytes()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/model.safetensors").symlink_to(blob)
+    apply_patch(tmp_path / "snapshot", infos[0].path)
+    assert blob.read_bytes() == content and same(load(tmp_path / "snapshot"), found[1])
+
+
+def test_an_index_in_a_folder_with_subfolders_and_odd_names(run: Run, tmp_path: Path) -> None:
+    """Shards of the same name in two folders, a name that ends like this package's, and one that is taken."""
+    found, _ = run
+    target = tmp_path / "t"
+    later = {name: changed(value, 1, 3) if value.numel() else value for name, value in found[0].items()}
+    taken = f"x.{hash_of(later)[:8]}.safetensors"
+    places = ["one/x.safetensors", "two/x.safetensors", "x.0badcafe.safetensors", "./y.safetensors", "x.safetensors"]
+    for folder in (target / "one", target / "two"):
+        folder.mkdir(parents=True)
+    (target / taken).write_bytes(b"someone else's")
+    weight_map = {name: places[i % len(places)] for i, name in enumerate(found[0])}
+    for place in places:
+        save_file({n: found[0][n] for n, p in weight_map.items() if p == place}, target / place)
+    index = target / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    patch = make_patch(target, write(tmp_path / "later", later, "file"), tmp_path / "p.safetensors")
+    assert apply_patch(target, patch.path, out=tmp_path / "copy").files == 5
+    assert same(load(tmp_path / "copy"), later) and (tmp_path / "copy/one/x.safetensors").is_file()
+    assert apply_patch(target, patch.path).files == 4  # one shard holds an empty tensor alone
+    assert same(load(target), later) and (target / taken).read_bytes() == b"someone else's"
+    assert len(list(target.rglob("*.safetensors"))) == 6 and len(set(json.loads(index.read_text())["weight_map"])) == 7
+
+
+def test_the_index_that_is_read_is_the_one_that_is_written(run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    for layout in ("single", "sharded"):
+        target = write(tmp_path / layout, found[0], layout)
+        other = target / "a-first.safetensors.index.json"
+        other.write_text('{"weight_map": {"x": "a-1.safetensors", "y": "a-2.safetensors"}}')
+        apply_patch(target, infos[0].path)
+        assert same(load(target), found[1])
+        assert other.read_text() == '{"weight_map": {"x": "a-1.safetensors", "y": "a-2.safetensors"}}'
+
+
+def test_an_index_of_one_file(run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    target = write(tmp_path / "t", found[0], "single")
+    index = target / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(found[0], "model.safetensors")}))
+    before = set(listing(target))
+    apply_patch(target, infos[0].path)
+    assert set(listing(target)) == before and same(load(target), found[1])
+
+
+def test_a_patch_that_changes_nothing(run: Run, tmp_path: Path) -> None:
+    """The new shards would have the old ones' names."""
+    found, infos = run
+    target = write(tmp_path / "t", found[0], "sharded")
+    apply_patch(target, infos[0].path)
+    names = sorted(listing(target))
+    idle = make_patch(
+        target, target, tmp_path / "patches/idle.safetensors", step=2, base_step=1, positions=infos[0].path
+    )
+    assert idle.kind == "values" and idle.base == idle.result and idle.count == infos[0].count
+    for _ in range(2):
+        apply_patch(target, idle.path)
+        assert same(load(target), found[1]) and len(listing(target)) == len(names)
+    empty = make_patch(target, target, tmp_path / "empty.safetensors")
+    assert empty.count == 0 and apply_patch(target, empty.path).files == 0
+    assert same(load(target), found[1])
+
+
+def test_more_patches_than_a_process_may_have_files_open(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, "BLOCK", 64)
+    monkeypatch.setattr(file, "_LEAST", 7)
+    monkeypatch.setattr(states, "BLOCK", 64)
+    state = {"x": torch.arange(200, dtype=torch.int64)}
+    paths = [write(tmp_path / "made" / "n0", state, "file")]
+    target, patches = write(tmp_path / "t", state, "file"), []
+    for step in range(1, 101):
+        state = {"x": changed(state["x"], 20, step)}
+        paths.append(write(tmp_path / "made" / f"n{step}", state, "file"))
+        out = tmp_path / f"patches/n{step}.safetensors"
+        patches.append(make_patch(paths[-2], paths[-1], out, step=step, base_step=step - 1).path)
+    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
+    try:
+        apply_patch(target, *patches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert same(load(target), state)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["file", "sharded"])
+def test_wrong_states_and_orders(layout: str, run: Run, tmp_path: Path) -> None:
+    found, (first, second, third) = run
+    target = write(tmp_path / "t", found[0], layout)
+    refused(target, second.path, match=r"is not what .*2\.safetensors was made for: its state is .* needs")
+    refused(
+        target, first.path, third.path, match="goes from step 2 to 3 .* ends at step 1: a patch between them is mis"
+    )
+    refused(
+        target,
+        second.path,
+        first.path,
+        match="goes from step 0 to 1 and does not follow .*which ends at step 2: wrong order",
+    )
+    refused(target, first.path, first.path, match="does not follow")
+    apply_patch(target, first.path)
+    refused(target, first.path, match="it is at step 1 already, where they lead")
+    refused(target, first.path, second.path, match="it is at step 1 already; give the later patches alone")
+    apply_patch(target, second.path)
+    assert same(load(target), found[2])
+
+
+Change = Callable[[State], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("a.weight"), r"changes a\.weight, which .* does not hold"),
+        (lambda s: s.pop("e.long"), "was made for a model of 982 entries; .* has 681"),
+        (lambda s: s.update({"new": torch.zeros(3)}), "was made for a model of 982 entries; .* has 985"),
+        (lambda s: s.update({"a.weight": s["a.weight"].to(torch.float16)}), r"has a\.weight as BF16 .* as F16 "),
+        (lambda s: s.update({"a.weight": s["a.weight"].T.contiguous()}), r"BF16 \(37, 11\), .* as BF16 \(11, 37\)"),
+        (
+            lambda s: s.update({"e.long": s["e.long"].to(torch.float16)}),
+            ANOTHER,
+        ),
+        (lambda s: s.update({"z.long": s.pop("e.long")}), ANOTHER),
+        (lambda s: s.update({"e.long": changed(s["e.long"], 1, 5)}), ANOTHER),
+    ],
+    ids=["lacks", "lacks other", "more", "dtype", "shape", "other dtype", "other name", "one bit"],
+)
+def test_other_models(change: Change, message: str, run: Run, tmp_path: Path) -> None:
+    found, infos = run
+    assert infos[0].total == 982
+    state = dict(found[0])
+    change(state)
+    refused(write(tmp_path / "t", state, "sharded"), infos[0].path, match=message)
+    if "e.long" in state:
+        anchor = make_anchor(tmp_path / "made/1.safetensors", tmp_path / "patches/a.safetensors", step=1)
+        if "one bit" not in os.environ["PYTEST_CURRENT_TEST"]:  # which an anchor is there to mend
+            refused(tmp_path / "t", anchor.path, match="changes .*which|was made for|lacks tensors")
+
+
+def test_files_that_are_no_patches(run: Run, tmp_path: Path) -> None:
+    found, (first, *_) = run
+    target = write(tmp_path / "t", found[0], "sharded")
+    raw = first.path.read_bytes()
+    bad = tmp_path / "made/bad.safetensors"
+    for size in (0, 5, 8, 200, len(raw) - 1, len(raw) // 2):
+        bad.write_bytes(raw[:size])
+        refused(target, bad, match="bytes; a safetensors file begins|is cut short|header is not JSON")
+    bad.write_bytes(raw + b"\0")
+    refused(target, bad, match="bytes after its last tensor")
+    refused(target, tmp_path / "made/1.safetensors", match="is a safetensors file but no patch")
+    refused(target, tmp_path / "nothing.safetensors", match="is no file; give a patch")
+    refused(target, tmp_path / "patches", match="is no file; give a patch")
+    refused(target, match="give at least one patch")
+    bad.write_bytes(b"\x80\x04pickle" + bytes(100))
+    refused(target, bad, match="a pickle, which is never opened here")
+
+
+def no_position(header: dict[str, Any], data: bytearray, name: str, values: list[int]) -> None:
+    begin, end = header[f"{name}.indices"]["data_offsets"]
+    found = torch.frombuffer(data, dtype=torch.int32)[begin // 4 : end // 4]
+    for at, value in enumerate(values):
+        found[at] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, d: no_position(h, d, "a.weight", [5, 5]), "positions of a.weight do not ascend"),
+        (lambda h, d: no_position(h, d, "a.weight", [5, 4]), "positions of a.weight do not ascend"),
+        (lambda h, d: no_position(h, d, "a.weight", [-1]), "positions of a.weight do not ascend"),
+        (lambda h, d: no_position(h, d, "c.cube", [0] * 9 + [105]), "do not ascend|reach 105 and the tensor has 105"),
+        (lambda h, d: d.__setitem__(-1, d[-1] ^ 1), "should lead to the state .* and leads to"),
+        (lambda h, d: h["__metadata__"].update(version="2"), "has version '2' of the patch format; .* reads '1'"),
+        (lambda h, d: h["__metadata__"].update(kind="dense"), "its kind is 'dense'; sparse, values or full is known"),
+        (lambda h, d: h["__metadata__"].pop("total"), "its metadata lack total"),
+        (lambda h, d: h["__metadata__"].update(total="many"), "its total 'many' is no whole number"),
+        (lambda h, d: h["__metadata__"].update(step="0"), "it goes from step 0 to 0, which is not later"),
+        (lambda h, d: h["__metadata__"].update(base=""), "a sparse patch needs base"),
+        (lambda h, d: h["__metadata__"].update(base_step=""), "a sparse patch needs base_step"),
+        (lambda h, d: h["__metadata__"].update(indices_of="0" * 32), "a sparse patch has no indices_of"),
+        (lambda h, d: h["__metadata__"].update(result="X" * 32), "its result 'X+' is no hash of 32 hex digits"),
+        (lambda h, d: h["__metadata__"].update(result="0" * 32), "should lead to the state 0+ and leads to"),
+        (lambda h, d: h["__metadata__"].update(base="0" * 32), ANOTHER),
+        (lambda h, d: h["__metadata__"].update(shapes="[]"), "its metadata should list the shapes of"),
+        (lambda h, d: h["__metadata__"].update(shapes="[1]"), "is damaged, or no patch of this package"),
+        (lambda h, d: h["__metadata__"].update(shapes="[" * 100_000), "is damaged, or no patch of this package"),
+        (lambda h, d: h["__metadata__"].update(patch="other"), "no patch: its metadata do not say"),
+        (lambda h, d: h["c.cube.indices"].update(dtype="U32"), "c.cube.indices should be torch.int32 of shape"),
+        (lambda h, d: h["c.cube.values"].update(dtype="U16"), r"has c\.cube as U16 .* as F16"),
+        (
+            lambda h, d: h.update({"c.cube.valu": h.pop("c.cube.values")}),
+            "should list the shapes of|it has no 1-D c.cube.values",
+        ),
+    ],
+)
+def test_patches_with_a_right_digest_and_wrong_content(
+    change: Callable[[dict[str, Any], bytearray], Any], message: str, run: Run, tmp_path: Path
+) -> None:
+    found, infos = run
+    target = write(tmp_path / "t", found[0], "sharded")
+    refused(target, craft(infos[0].path, change), match=message)
+
+
+def test_a_position_that_is_out_of_range(run: Run, tmp_path: Path) -> None:
+    found, infos = run
+
+    def last(header: dict[str, Any], data: bytearray) -> None:
+        _, end = header["c.cube.indices"]["data_offsets"]
+        torch.frombuffer(data, dtype=torch.int32)[end // 4 - 1] = 105
+
+    refused(
+        write(tmp_path / "t", found[0], "file"), craft(infos[0].path, last), match="reach 105 and the tensor has 105"
+    )
+    with pytest.raises(PatchError, match="reach 105 and the tensor has 105"):
+        verify_patch(infos[0].path)
+
+
+def test_values_that_name_no_positions(run: Run, tmp_path: Path) -> None:
+    """Digests are right, and what they lead to is not: a full patch, fewer entries."""
+    found, infos = run
+    target = write(tmp_path / "t", found[0], "file")
+    values = make_patch(
+        tmp_path / "made/0.safetensors", tmp_path / "made/1.safetensors", tmp_path / "patches/v.safetensors",
+        positions=infos[0].path,
+    )  # fmt: skip
+    anchor = make_anchor(tmp_path / "made/1.safetensors", tmp_path / "patches/a.safetensors", step=1)
+    raw = values.path.read_bytes()
+    for wrong, message in (
+        (anchor.digest, r"needs the positions of the sparse patch with digest .*a\.safetensors is full"),
+        (infos[1].digest, "has 12 values and not the entries of its positions"),
+        ("", "a values patch needs indices_of"),
+    ):
+        values.path.write_bytes(raw)
+        if wrong == infos[1].digest:
+            infos[1].path.write_bytes(infos[0].path.read_bytes())
+            craft(infos[1].path, shorten)
+            wrong = split(infos[1].path)[0]["__metadata__"]["digest"]
+        craft(values.path, lambda h, d, wrong=wrong: h["__metadata__"].update(indices_of=wrong))
+        refused(target, values.path, match=message)
+    infos[0].path.write_bytes(flipped(infos[0].path.read_bytes()))  # a damaged copy of the positions
+    values.path.write_bytes(raw)
+    refused(target, values.path, match="is damaged: its bytes do not have the digest")
+
+
+def flipped(raw: bytes) -> bytes:
+    return raw[:-1] + bytes([raw[-1] ^ 1])
+
+
+def shorten(header: dict[str, Any], data: bytearray) -> None:
+    """Drop f.codes: the last in dtype, and so in the file."""
+    kept = {k: v for k, v in header.items() if k not in ("f.codes.indices", "f.codes.values")}
+    tensors = {k: v for k, v in kept.items() if k != "__metadata__"}
+    raw, place = bytearray(), 0
+    for entry in tensors.values():
+        begin, end = entry["data_offsets"]
+        raw += data[begin:end]
+        entry["data_offsets"] = [place, place + end - begin]
+        place += end - begin
+    names = sorted(key.removesuffix(".values") for key in header if key.endswith(".values"))
+    shapes = json.loads(header["__metadata__"]["shapes"])
+    shapes.pop(names.index("f.codes"))
+    header["__metadata__"]["shapes"] = json.dumps(shapes)
+    header.pop("f.codes.indices")
+    header.pop("f.codes.values")
+    data[:] = raw
+
+
+def test_outs_in_the_way_and_targets_that_are_not_there(run: Run, tmp_path: Path) -> None:
+    found, (first, *_) = run
+    folder, single = write(tmp_path / "t", found[0], "sharded"), write(tmp_path / "t", found[0], "file")
+    refused(folder, first.path, match="exists; give the name of a new folder", out=tmp_path / "made")
+    refused(single, first.path, match="exists; give the name of a new file", out=tmp_path / "made/0.safetensors")
+    refused(single, first.path, match=r"a weights file's name ends with \.safetensors", out=tmp_path / "new")
+    refused(single, first.path, match="there is no folder", out=tmp_path / "no/new.safetensors")
+    second = run[1][1]
+    refused(folder, second.path, match="Nothing was changed", out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        apply_patch(tmp_path / "nothing", first.path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        apply_patch(tmp_path / "no/folder", first.path)
+
+
+def test_a_patch_is_no_target(run: Run, tmp_path: Path) -> None:
+    """An anchor that is changed in place would state another content than it holds."""
+    _, (first, *_) = run
+    anchor = make_anchor(tmp_path / "made/0.safetensors", tmp_path / "patches/a.safetensors")
+    refused(anchor.path, first.path, match="is a patch and not a checkpoint to change")
+    (tmp_path / "chain").mkdir()
+    anchor.path.rename(tmp_path / "chain/anchor-00000000.safetensors")
+    refused(tmp_path / "chain", first.path, match="is a patch and not a checkpoint to change")  # order of arguments
+
+
+def test_crafting_is_what_the_package_reads(run: Run) -> None:
+    """The helper of these tests: a crafted patch without a change is the patch."""
+    _, infos = run
+    raw = infos[0].path.read_bytes()
+    assert craft(infos[0].path, lambda h, d: None).read_bytes() == raw
+    header, data = split(infos[0].path)
+    header["__metadata__"]["total"] = "1"
+    infos[0].path.write_bytes(join(header, data))
+    with pytest.raises(PatchError, match="do not have the digest"):
+        verify_patch(infos[0].path)
+    with safe_open(infos[0].path, "pt") as opened:
+        assert opened.metadata()["total"] == "1"
