@@ -51,6 +51,7 @@ def measure(folder: Path, megabytes: int, density: float, rounds: int) -> dict[s
     base, tuned = write_pair(folder, megabytes, density)
     patch, scratch = folder / "patch.safetensors", folder / "scratch.bin"
     info = make_patch(base, tuned, patch, overwrite=True)
+    alone = make_patch(base, tuned, folder / "values.safetensors", positions=patch)
     back = folder / "back.safetensors"
     make_patch(tuned, base, back, overwrite=True)
     size = base.stat().st_size
@@ -65,6 +66,7 @@ def measure(folder: Path, megabytes: int, density: float, rounds: int) -> dict[s
         "density": info.density,
         "patch_bytes_over_dense": info.nbytes / size,
         "patch_bytes_over_dense_over_density": info.nbytes / size / info.density,
+        "values_alone_bytes_over_dense_over_density": alone.nbytes / size / alone.density,
         "make_speed": paired_ratio(times["read_for_make"], times["make"]),
         "apply_speed": paired_ratio(times["read_and_write_for_apply"], times["apply"]),
         "gigabytes_per_second": {
@@ -89,7 +91,10 @@ def main() -> None:
     for density in options.densities:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             found = results[str(density)] = measure(Path(folder), options.megabytes, density, options.rounds)
-        print(density, found["make_speed"], found["apply_speed"], found["gigabytes_per_second"])
+        print(
+            density, found["patch_bytes_over_dense_over_density"], found["values_alone_bytes_over_dense_over_density"]
+        )
+        print("  ", found["make_speed"], found["apply_speed"], found["gigabytes_per_second"])
     if options.out:
         settings = {"megabytes": options.megabytes, "rounds": options.rounds}
         write_result(options.out, {"settings": settings, "results": results, "environment": environment("cpu")})
