@@ -66,13 +66,15 @@ def apply_patch(
         raise PatchError("give at least one patch to apply.")
     with told(target if out is None else out), ExitStack() as stack:
         run = linked([stack.enter_context(PatchFile(path)) for path in patches])
-        before = stack.enter_context(open_checkpoint(target))
-        _check_fit(run, before)
         if out is not None:
+            before = stack.enter_context(open_checkpoint(target))
+            _check_fit(run, before)
             return _elsewhere(before, _Work(before, run, progress), Path(out))
         place = Target(Path(target))
+        if not place.path.exists():
+            open_checkpoint(target)  # which says so
+        # Opened only when this process is alone with it: the files of another's change come and go.
         drafts = stack.enter_context(place.changing())
-        # Again, for another process may have changed it before this one was alone with it.
         before = stack.enter_context(open_checkpoint(target))
         _check_fit(run, before)
         return _in_place(drafts, _Work(before, run, progress))
