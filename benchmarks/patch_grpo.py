@@ -124,24 +124,22 @@ def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
         "checks": len(exact),
         "restored_bit_for_bit": sum(exact),
         "dense_bytes": dense,
-        "patches": {
-            kind: {
-                "count": len(rows),
-                "density": [row["density"] for row in rows],
-                "bytes": [row["bytes"] for row in rows],
-                "size_over_dense_over_density_largest": max(
-                    row["bytes"] / dense / row["density"] for row in rows if row["entries"]
-                ),
-                "size_over_dense_over_density_median": median(
-                    [row["bytes"] / dense / row["density"] for row in rows if row["entries"]]
-                ),
-                "density_median": median([row["density"] for row in rows]),
-            }
-            for kind, rows in by_kind.items()
-            if rows
-        },
+        "patches": {kind: sizes(rows, dense) for kind, rows in by_kind.items() if rows},
         "seconds_of_a_patch": median([row["seconds"] for row in patches.history[1:]]),
         "seconds_of_training": trained,
+    }
+
+
+def sizes(rows: list[dict[str, Any]], dense: int) -> dict[str, Any]:
+    """Of some patches beside a checkpoint of ``dense`` bytes."""
+    ratios = [row["bytes"] / dense / row["density"] for row in rows if row["entries"]]
+    return {
+        "count": len(rows),
+        "density": [row["density"] for row in rows],
+        "bytes": [row["bytes"] for row in rows],
+        "size_over_dense_over_density_largest": max(ratios),
+        "size_over_dense_over_density_median": median(ratios),
+        "density_median": median([row["density"] for row in rows]),
     }
 
 

@@ -1,5 +1,6 @@
 """What holds for every test: a seed, no network, no cache left over from the user's own environment."""
 
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 from loopback import is_loopback
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and processes that tests start would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _loopback_only(connect: Callable[..., Any]) -> Callable[..., Any]:
