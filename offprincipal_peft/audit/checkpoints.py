@@ -133,6 +133,10 @@ class Checkpoint:
             )
         return self._read(info, start, stop, into)
 
+    def twin(self) -> Checkpoint | None:
+        """The same files opened once more, for another thread; None where reading is more than reading files."""
+        return Checkpoint(self.path, self.tensors, self.config) if type(self) is Checkpoint else None
+
     def close(self) -> None:
         """Close the open file, if any; reading raises from then on."""
         self._closed = True

@@ -12,15 +12,15 @@ equally well and differ are refused. Nothing is matched by resemblance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .absences import absence, fault, stored_fault
+from .buffers import Buffers
 from .checkpoints import Checkpoint
 from .headers import CheckpointError, TensorInfo
 
@@ -102,7 +102,7 @@ class Pairing:
 class Block:
     """Rows (or, with ``flat``, entries) ``start`` to ``stop`` of one weight in every checkpoint, base first.
 
-    The tensors own their memory and have the dtypes they are stored in.
+    The tensors have the dtypes they are stored in, and memory of their own unless it was to be used again.
     """
 
     match: Matched
@@ -146,7 +146,8 @@ def iterate(
     *,
     block_bytes: int | None = None,
     flat: bool = False,
-    ahead: bool = False,
+    share: tuple[int, int] = (0, 1),
+    reuse: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Block]:
     """Every matched weight in the order of the base's files, in blocks that are read as they are asked for.
@@ -156,23 +157,26 @@ def iterate(
         block_bytes: at most so many bytes a block, all checkpoints together, but at least one row; with ``flat`` one
             entry, so that the bound holds for every shape.
         flat: blocks of 1-D entries in row-major order instead of rows. A scalar is always one block, whole.
-        ahead: read one block ahead in a thread, which holds twice the memory. Until the last block was taken nothing
-            else may read the checkpoints.
+        share: (index, count): every count-th block from the index-th on, for a thread that shares them with others,
+            each with a pairing of its own.
+        reuse: read into the memory of earlier blocks, with ``flat`` alone: a block's tensors are valid until the next
+            block is asked for.
         progress: called after each block was used, with the bytes done and the bytes in all.
     """
     for what, value in (("rows", rows), ("block_bytes", block_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{what} must be positive, got {value}")
-    spans = _spans(pairing, rows, block_bytes, flat)
-    blocks = _ahead(pairing, spans, flat) if ahead else (_block(pairing, *span, flat) for span in spans)
+    if reuse and not flat:
+        raise ValueError("reuse is for blocks of entries: flat=True")
+    buffers = [Buffers(1) for _ in pairing.checkpoints] if reuse else None
     total, done = pairing.nbytes, 0
-    with closing(blocks):
-        for block in blocks:
-            yield block
-            done += sum(tensor.nbytes for tensor in block.tensors)
-            del block  # or the next one would be read while this one is still held
-            if progress is not None:
-                progress(done, total)
+    for span in itertools.islice(_spans(pairing, rows, block_bytes, flat), share[0], None, share[1]):
+        block = _block(pairing, *span, flat, buffers)
+        yield block
+        done += sum(tensor.nbytes for tensor in block.tensors)
+        del block  # or the next one would be read while this one is still held
+        if progress is not None:
+            progress(done, total)
 
 
 def _spans(
@@ -186,29 +190,15 @@ def _spans(
             yield match, start, min(start + step, length)
 
 
-def _ahead(pairing: Pairing, spans: Iterator[tuple[Matched, int, int]], flat: bool) -> Generator[Block]:
-    """The blocks, each read by another thread while the one before is in use."""
-    with ThreadPoolExecutor(1, "audit-reader") as reader:
-        coming = None
-        for span in spans:
-            block = coming.result() if coming is not None else None
-            coming = reader.submit(_block, pairing, *span, flat)
-            if block is not None:
-                yield block
-                del block
-        if coming is not None:
-            yield coming.result()
-
-
-def _block(pairing: Pairing, match: Matched, start: int, stop: int, flat: bool) -> Block:
-    sides = zip(pairing.checkpoints, match.infos, strict=True)
-    return Block(match, start, stop, tuple(_read(side, info, start, stop, flat) for side, info in sides))
-
-
-def _read(side: Checkpoint, info: TensorInfo, start: int, stop: int, flat: bool) -> Tensor:
-    if flat:
-        return side.read_entries(info.name, start, stop)
-    return side.read_rows(info.name, start, stop) if info.shape else side.read(info.name)
+def _block(pairing: Pairing, match: Matched, start: int, stop: int, flat: bool, buffers: list[Buffers] | None) -> Block:
+    tensors = []
+    for i, (side, info) in enumerate(zip(pairing.checkpoints, match.infos, strict=True)):
+        if flat:
+            into = buffers[i].take(stop - start, info.dtype) if buffers and info.dtype else None
+            tensors.append(side.read_entries(info.name, start, stop, into=into))
+        else:
+            tensors.append(side.read_rows(info.name, start, stop) if info.shape else side.read(info.name))
+    return Block(match, start, stop, tuple(tensors))
 
 
 def _additions(sides: tuple[Checkpoint, ...], labels: list[str], found: list[_Names]) -> list[Skipped]:

@@ -18,6 +18,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .counts import Counts, Entrywise, squared_norm
 from .entrywise import compare
 from .headers import CheckpointError
+from .memory import release_free_memory
 from .pairing import Matched, Pairing, iterate, pair
 from .patterns import MOST, Patterns
 from .reference import Reference
@@ -240,7 +241,7 @@ class _Work:
         """Counts alone, a few blocks in memory."""
         patterns = self._patterns(match)
         counts, squares = [Counts(match.common(i)) for i in range(len(match.infos) - 1)], 0.0
-        for block in iterate(dataclasses.replace(self.pairing, matched=(match,)), ENTRIES, flat=True):
+        for block in iterate(dataclasses.replace(self.pairing, matched=(match,)), ENTRIES, flat=True, reuse=True):
             base, *tuned = (tensor.to(self.device) for tensor in block.tensors)
             squares += squared_norm(base)
             for i, (count, side) in enumerate(zip(counts, tuned, strict=True)):
@@ -253,6 +254,7 @@ class _Work:
         norm, patterns = squared_norm(base) ** 0.5, self._patterns(match)
         heads = names.heads(match.name, match.shape, self.config)
         spectrum = self._spectrum(match, base, notes)
+        release_free_memory()
         reference = Reference(
             base,
             spectrum.top if spectrum is not None and self.probes & {"principal", "subspace"} else None,
@@ -261,10 +263,14 @@ class _Work:
             low_density=self.settings.low_density,
             heads=heads,
         )
+        release_free_memory()
         changes = []
         for i, (info, side) in enumerate(zip(match.infos[1:], self.pairing.checkpoints[1:], strict=True)):
             tuned = side.read(info.name).to(self.device)
             entries = compare(reference, tuned, common=match.common(i), patterns=patterns, index=i)
+            if i == len(match.infos) - 2:  # the last one: the spectra need its memory
+                del reference
+                release_free_memory()
             fields: dict[str, Any] = {}
             said = []
             if any(entries.nonfinite):
@@ -273,6 +279,7 @@ class _Work:
                 fields = spectral(spectrum, tuned, entries.norm, self.probes)
             changes.append(_change(entries, fields, said))
             del tuned
+            release_free_memory()
         return norm, changes, patterns.agreement(heads) if patterns else None
 
     def _spectrum(self, match: Matched, base: torch.Tensor, notes: list[str]) -> SpectralBase | None:

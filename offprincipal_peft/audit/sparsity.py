@@ -7,8 +7,12 @@ of bf16 values is that of 16-bit integers, which is several times faster to find
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +23,10 @@ from torch import Tensor
 from ..geometry.precision import count_changed
 from .checkpoints import Checkpoint, open_checkpoint
 from .counts import as_bf16, bits_of
-from .pairing import Block, Matched, Rename, Skipped, iterate, pair
+from .pairing import Block, Matched, Pairing, Rename, Skipped, iterate, pair
 
 _WORDS = 65_535  # 64-bit words of 16-bit counters that are summed at once; one more would overflow a counter
+_THREADS = 2  # memory's bandwidth is used up by then
 _ENTRIES = 16 * _WORDS  # of a block, about 2^20: fewer, and the calls cost as much as the passes
 
 
@@ -81,6 +86,8 @@ def bf16_sparsity(
     rounded to the coarser of them, as :mod:`offprincipal_peft.audit.pairing` says; that differs only for fp16 beside
     fp32 or fp64. Memory: a few blocks of about 2^20 entries. Paths are opened and closed here.
 
+    ``progress`` is called in the caller's thread with the bytes done and the bytes in all, at the end with both equal.
+
     Raises :class:`CheckpointError` where a checkpoint cannot be read or nothing matches.
     """
     with ExitStack() as stack:
@@ -89,11 +96,52 @@ def bf16_sparsity(
             for side in (base, tuned)
         ]
         pairing = pair(*sides)
-        tallies = {match.name: _Tally(match) for match in pairing.matched}
-        for block in iterate(pairing, _ENTRIES, flat=True, ahead=True, progress=progress):
-            tallies[block.match.name].add(block)
+        tallies = _tallies(pairing, stack, progress)
         tensors = tuple(tally.result() for tally in tallies.values())
         return Sparsity(tensors, tuple(pairing.skipped), pairing.renames[0])
+
+
+def _tallies(pairing: Pairing, stack: ExitStack, progress: Callable[[int, int], None] | None) -> dict[str, _Tally]:
+    """The counts of every weight. Blocks are dealt out to up to ``_THREADS`` threads, of which this one is one."""
+    shares = [pairing]
+    while len(shares) < min(_THREADS, _cores()):
+        twins = [side.twin() for side in pairing.checkpoints]
+        if any(twin is None for twin in twins):
+            break
+        known = tuple(stack.enter_context(twin) for twin in twins if twin is not None)
+        shares.append(dataclasses.replace(pairing, checkpoints=known))
+    found = [{match.name: _Tally(match) for match in pairing.matched} for _ in shares]
+    done, stop = [0] * len(shares), threading.Event()
+
+    def work(which: int) -> None:
+        try:
+            for block in iterate(shares[which], _ENTRIES, flat=True, share=(which, len(shares)), reuse=True):
+                if stop.is_set():
+                    return
+                found[which][block.match.name].add(block)
+                done[which] += sum(tensor.nbytes for tensor in block.tensors)
+                if progress is not None and which == 0 and (so_far := sum(done)) < pairing.nbytes:
+                    progress(so_far, pairing.nbytes)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(max(1, len(shares) - 1), "sparsity") as pool:
+        others = [pool.submit(work, which) for which in range(1, len(shares))]
+        work(0)
+        for other in others:
+            other.result()
+    if progress is not None:
+        progress(pairing.nbytes, pairing.nbytes)
+    for other in found[1:]:
+        for name, tally in other.items():
+            found[0][name].merge(tally)
+    return found[0]
+
+
+def _cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Tally:
@@ -116,6 +164,12 @@ class _Tally:
                 finite = False
         before, after = (as_bf16(tensor, self.match.common()) for tensor in block.tensors)
         self.changed += _count_finite(before, after) if finite else count_changed(before, after)
+
+    def merge(self, other: _Tally) -> None:
+        """Add what another thread counted of the same weight."""
+        self.changed += other.changed
+        for mine, theirs in ((self.nan, other.nan), (self.inf, other.inf)):
+            mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
 
     def result(self) -> TensorSparsity:
         match, (nan_base, nan_tuned), (inf_base, inf_tuned) = self.match, self.nan, self.inf

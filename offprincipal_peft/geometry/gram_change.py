@@ -34,6 +34,18 @@ def row_chunks(*weights: Tensor, wide: bool) -> Iterator[tuple[slice, list[Tenso
         yield part, [(w[:, part].T if wide else w[part]).to(torch.float32) for w in weights]
 
 
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle, in the same memory; what lies above it is overwritten."""
+    n = len(lower)
+    width = -(-n // STRIPES)
+    for left in range(0, n, width):
+        right = min(n, left + width)
+        square = lower[left:right, left:right].tril()
+        lower[left:right, left:right] = square.add_(square.tril(-1).T)
+        lower[left:right, right:] = lower[right:, left:right].T
+    return lower
+
+
 def gram_matrix(weight: Tensor, wide: bool) -> Tensor:
     """(n, n) fp32: A.T A of the tall orientation; only its lower triangle is multiplied out."""
     n = min(weight.shape)
@@ -43,8 +55,7 @@ def gram_matrix(weight: Tensor, wide: bool) -> Tensor:
         for left in range(0, n, width):
             right = min(n, left + width)
             gram[left:, left:right].addmm_(rows[:, left:].T, rows[:, left:right])
-    lower = gram.tril_()
-    return lower.add_(lower.tril(-1).T)
+    return mirrored(gram)
 
 
 def rotate(symmetric: Tensor, basis: Tensor) -> Tensor:
@@ -55,8 +66,7 @@ def rotate(symmetric: Tensor, basis: Tensor) -> Tensor:
     for left in range(0, n, width):
         right = min(n, left + width)
         torch.mm(basis[:, left:].T, image[:, left:right], out=rotated[left:, left:right])
-    lower = rotated.tril_()
-    return lower.add_(lower.tril(-1).T)
+    return mirrored(rotated)
 
 
 def multiply(weight: Tensor, X: Tensor, wide: bool) -> Tensor:  # (n, c) -> (m, c) fp32
@@ -67,11 +77,11 @@ def multiply(weight: Tensor, X: Tensor, wide: bool) -> Tensor:  # (n, c) -> (m, 
 
 
 def difference(base: Tensor, tuned: Tensor) -> Tensor:
-    """W+ - W0 as it is stored, in bf16 where products of bf16 are quick, else fp32.
+    """W+ - W0 in bf16.
 
     Good for norms: each entry is rounded once, and one that is not zero stays so (fp32's subnormals aside).
     """
-    change = torch.empty(base.shape, dtype=_norm_dtype(base.device), device=base.device)
+    change = torch.empty(base.shape, dtype=torch.bfloat16, device=base.device)
     if base.dtype == tuned.dtype == change.dtype:
         return torch.sub(tuned, base, out=change)
     step = max(1, chunk_entries(base.numel()) // base.shape[1])
@@ -80,11 +90,12 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
     return change
 
 
-def _norm_dtype(device: torch.device) -> torch.dtype:
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 matrices are quick."""
     if device.type != "cpu":
-        return torch.bfloat16
+        return True
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
-    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def change_norm(change: Tensor, wide: bool, seed: int) -> float:
@@ -92,13 +103,19 @@ def change_norm(change: Tensor, wide: bool, seed: int) -> float:
 
     Within 0.5 % from below: a spectrum that is flat at its top, as that of noise, settles slowly (0.3 % seen there).
     Rounding to bf16 is unbiased; it may take the norm above the true one, in small matrices by 1e-3 (3.3e-4 seen).
+    Where bf16 products are slow, chunks are multiplied in fp32.
     """
     n, block = min(change.shape), 8
     tall = change.T if wide else change
+    native = multiplies_bf16(change.device)
 
     def operator(X: Tensor) -> Tensor:
-        # tall.T @ is several times slower than the transposed product
-        return ((tall @ X.to(tall.dtype)).T @ tall).T.to(torch.float32)
+        if native:  # tall.T @ is several times slower than the transposed product
+            return ((tall @ X.to(tall.dtype)).T @ tall).T.to(torch.float32)
+        result = torch.zeros_like(X)
+        for _, (rows,) in row_chunks(change, wide=wide):
+            result.addmm_(rows.T, rows @ X)
+        return result
 
     if n <= 4 * block:
         dense = operator(torch.eye(n, device=change.device))
@@ -126,5 +143,4 @@ def gram_change(weight: Tensor, tuned: Tensor, wide: bool) -> Tensor:
             right = min(n, left + width)
             gram[left:, left:right].addmm_(total[:, left:].T, change[:, left:right], alpha=0.5)
             gram[left:, left:right].addmm_(change[:, left:].T, total[:, left:right], alpha=0.5)
-    lower = gram.tril_()
-    return lower.add_(lower.tril(-1).T)
+    return mirrored(gram)

@@ -1,39 +1,21 @@
-"""Which tensors are compared, what is said of the others, and the counts of a streamed comparison."""
+"""Which tensors are compared, and what is said of the others."""
 
-import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from audit.pairs import draw, model
 from offprincipal_peft.audit import (
     Checkpoint,
     CheckpointError,
     Rename,
-    bf16_sparsity,
     iterate,
-    open_checkpoint,
     pair,
-    sparsity,
 )
-from offprincipal_peft.geometry import count_changed
-
-
-def model(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Checkpoint:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    if config:
-        (folder / "config.json").write_text(json.dumps(config))
-    return open_checkpoint(folder)
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def reasons(pairing: Any) -> dict[str, str]:
@@ -298,85 +280,7 @@ def test_a_bound_must_be_positive(tmp_path, bound):
         next(iterate(pair(side, side), **bound))
 
 
-# ---- the streamed count
-
-
-def hard_values(count: int, seed: int) -> Tensor:
-    """fp32: small steps around common values, both zeros, subnormals, infinities and NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0, 65504.0, 3.4e38, math.inf, -math.inf, math.nan])
-    values = torch.randn(count, generator=torch.Generator().manual_seed(7))
-    values *= 1 + 0.004 * torch.randn(count, generator=generator)
-    picked = torch.rand(count, generator=generator) < 0.3
-    return torch.where(picked, special[torch.randint(len(special), (count,), generator=generator)], values)
-
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-@pytest.mark.parametrize("entries", [sparsity._ENTRIES, 1000])  # one block; several with ragged ends
-def test_counts_are_those_of_the_definition(tmp_path, monkeypatch, entries):
-    monkeypatch.setattr(sparsity, "_ENTRIES", entries)
-    base, tuned = {}, {}
-    for dtype in FLOATS:
-        for what, clean in (("hard", False), ("finite", True)):
-            before, after = hard_values(3007, 1), hard_values(3007, 2)
-            if clean:  # zeros of both signs stay: the path of integers
-                before, after = (x.nan_to_num(0.5, 0.5, -0.5).clamp(-9, 9) for x in (before, after))
-            base[f"{what}.{dtype}"], tuned[f"{what}.{dtype}"] = before.to(dtype), after.to(dtype)
-    base["same"] = tuned["same"] = draw(50, 3)
-    for side, bits in ((base, (0x7FC0, 0x7FC0, 0x7F80, -128)), (tuned, (0x7FC1, -1, 0x7F80, 0x7F80))):
-        side["nan"] = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16)  # two NaN are one, whatever their bits
-    result = bf16_sparsity(model(tmp_path / "base", base), model(tmp_path / "tuned", tuned))
-    assert [tensor.name for tensor in result.tensors] == list(open_checkpoint(tmp_path / "base").tensors)
-    for tensor in result.tensors:
-        before, after = base[tensor.name], tuned[tensor.name]
-        assert (tensor.entries, tensor.changed) == (before.numel(), count_changed(before, after)), tensor.name
-        assert tensor.nan == (int(before.isnan().sum()), int(after.isnan().sum()))
-        assert tensor.inf == (int(before.isinf().sum()), int(after.isinf().sum()))
-        assert tensor.sparsity == 1 - tensor.changed / tensor.entries
-    assert set(result.nonfinite) == {"nan"} | {f"hard.{dtype}" for dtype in FLOATS}
-    assert result.changed == sum(count_changed(base[name], tuned[name]) for name in base)
-    assert result.entries == 8 * 3007 + 150 + 4 and result.sparsity == 1 - result.changed / result.entries
-    changed = {tensor.name: tensor.changed for tensor in result.tensors}
-    assert (changed["same"], changed["nan"]) == (0, 1)
-
-
-@pytest.mark.parametrize("changed", [0, 1, 65_537, 600_003])
-def test_counters_of_16_bits_add_up(changed):
-    before, after = torch.zeros(600_003).bfloat16(), torch.zeros(600_003).bfloat16()
-    after[:changed] = 1.0
-    assert sparsity._count_finite(before, after) == changed
-
-
-def test_counters_are_filled_and_one_word_more_would_overflow_them(monkeypatch):
-    for words, fits in ((sparsity._WORDS, True), (sparsity._WORDS + 1, False)):
-        monkeypatch.setattr(sparsity, "_WORDS", words)
-        before, after = torch.zeros(4 * words).bfloat16(), torch.ones(4 * words).bfloat16()
-        assert (sparsity._count_finite(before, after) == 4 * words) is fits
-
-
-@pytest.mark.parametrize("coarse", [torch.bfloat16, torch.float16])
-def test_saving_in_a_coarser_dtype_changes_nothing(tmp_path, coarse):
-    weight = draw(200, 100, dtype=torch.float32)
-    for name, tensor in (("fine", weight), ("coarse", weight.to(coarse))):
-        model(tmp_path / name, {"w": tensor})
-    result = bf16_sparsity(tmp_path / "fine", str(tmp_path / "coarse"))  # paths are opened and closed
-    assert result.changed == 0 and "stored values are compared in" in result.tensors[0].note
-    if coarse == torch.float16:  # rounded each for itself, the fp16 file's own rounding crosses bf16's edges
-        assert count_changed(weight, weight.half()) > 0.02 * weight.numel()  # observed 0.063
-
-
-def test_what_was_skipped_and_renamed_is_in_the_result_and_progress_is_told(tmp_path):
-    base = model(tmp_path / "base", {"w": draw(6), "gone": draw(2), "none": draw(0)})
-    tuned = model(tmp_path / "tuned", {"module.w": draw(6, seed=1), "module.none": draw(0)})
-    seen: list[tuple[int, int]] = []
-    result = bf16_sparsity(base, tuned, progress=lambda done, total: seen.append((done, total)))
-    assert [(skip.name, skip.reason) for skip in result.skipped] == [("gone", "missing in tuned")]
-    assert result.rename == Rename(tuned="module.")
-    assert seen[-1] == (24, 24)
-    counts = {tensor.name: tensor for tensor in result.tensors}
-    assert counts["w"].changed == 6 and math.isnan(counts["none"].sparsity)
-    assert base.read("w").shape == (6,)  # a checkpoint that was given stays open
-    with pytest.raises(CheckpointError, match=re.escape("absent does not exist; give a model's folder")):
-        bf16_sparsity(base, tmp_path / "absent")
+def test_memory_that_is_used_again_needs_blocks_of_entries(tmp_path):
+    side = model(tmp_path / "base", {"w": draw(6)})
+    with pytest.raises(ValueError, match="reuse is for blocks of entries: flat=True"):
+        next(iterate(pair(side, side), reuse=True))

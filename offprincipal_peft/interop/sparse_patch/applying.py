@@ -15,13 +15,14 @@ from typing import IO
 
 from torch import Tensor
 
+from ...audit.buffers import Buffers, ahead
 from ...audit.checkpoints import WEIGHTS, Checkpoint, open_checkpoint
 from ...audit.headers import TensorInfo, read_header
 from ..folders import new_folder
 from .commit import Drafts, Target
 from .content import TensorHash, TensorMark, bits_of, bytes_of, state_hash
 from .file import EntryReader, PatchError, PatchFile
-from .states import Buffers, Progress, ahead, blocks, mark, read
+from .states import Progress, blocks, mark, read
 from .writer import is_patch, sync_folder, told
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
@@ -176,7 +177,7 @@ class _Work:
     def __init__(self, target: Checkpoint, patches: Sequence[PatchFile], progress: Progress | None) -> None:
         self.target, self.patches, self.progress = target, patches, progress
         self.marks: tuple[dict[str, TensorMark], dict[str, TensorMark]] = ({}, {})
-        self.buffers, self.done, self.entries = Buffers(), 0, 0
+        self.buffers, self.done, self.entries = Buffers(4), 0, 0
         self.touched = {name for patch in patches for name in patch.info.shapes}
 
     def tensor(self, info: TensorInfo, file: IO[bytes] | None) -> None:

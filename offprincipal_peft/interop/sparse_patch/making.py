@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...audit.buffers import Buffers, ahead
 from ...audit.checkpoints import Checkpoint, open_checkpoint
 from ...audit.headers import TensorInfo
 from .content import TensorHash, bits_of, state_hash
 from .file import PatchError, PatchFile, PatchInfo
-from .states import Buffers, Progress, ahead, blocks, mark, pick, read, same_tensors
+from .states import Progress, blocks, mark, pick, read, same_tensors
 from .writer import PatchWriter, told
 
 _DENSE = 8  # where more than one in so many words differs, entries are compared at once
@@ -87,7 +88,7 @@ def make_anchor(
         with PatchWriter(
             out, "full", step=step, base_step=None, total=total, whole=whole, overwrite=overwrite
         ) as writer:
-            marks, done, buffers = {}, 0, Buffers()
+            marks, done, buffers = {}, 0, Buffers(4)
             for info in side.tensors.values():
                 found = TensorHash()
                 for part in ahead(partial(read, side, info, *block, buffers) for block in blocks(info)):
@@ -104,7 +105,7 @@ def _compare(
     before: Checkpoint, after: Checkpoint, writer: PatchWriter, known: PatchFile | None, progress: Progress | None
 ) -> tuple[str, str]:
     marks: tuple[dict, dict] = ({}, {})
-    done, size, buffers = 0, before.nbytes + after.nbytes, (Buffers(), Buffers())
+    done, size, buffers = 0, before.nbytes + after.nbytes, (Buffers(4), Buffers(4))
     for info in before.tensors.values():
         hashes = TensorHash(), TensorHash()
         covered = known.entries(info.name) if known is not None and info.name in known.info.shapes else None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ...audit.buffers import Buffers, ahead
 from ...audit.checkpoints import Checkpoint
 from ...audit.headers import CheckpointError, TensorInfo
 from .content import TensorHash, TensorMark, bits_of, bytes_of, state_hash
 from .file import BLOCK, PatchError
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-T = TypeVar("T")
 
 
 def length(info: TensorInfo) -> int:
@@ -28,21 +26,6 @@ def blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
     """Runs of entries that are worked on at once."""
     for start in range(0, length(info), BLOCK):
         yield start, min(start + BLOCK, length(info))
-
-
-class Buffers:
-    """Memory for blocks that is used again: a block stays whole until three more were read after it."""
-
-    def __init__(self) -> None:
-        self._held = [torch.empty(0, dtype=torch.uint8) for _ in range(4)]
-        self._next = 0
-
-    def take(self, entries: int, dtype: torch.dtype) -> Tensor:
-        self._next = (self._next + 1) % len(self._held)
-        size = entries * dtype.itemsize
-        if self._held[self._next].numel() < size:
-            self._held[self._next] = torch.empty(size, dtype=torch.uint8)
-        return self._held[self._next][:size].view(dtype)
 
 
 def read(side: Checkpoint, info: TensorInfo, start: int, stop: int, buffers: Buffers) -> Tensor:  # -> (stop - start,)
@@ -57,20 +40,6 @@ def read(side: Checkpoint, info: TensorInfo, start: int, stop: int, buffers: Buf
     return found
 
 
-def ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each job returns, in order; the next one runs in a thread while the last one's result is in use."""
-    with ThreadPoolExecutor(1, "patch-reader") as reader:
-        coming = None
-        for job in jobs:
-            ready = coming.result() if coming is not None else None
-            coming = reader.submit(job)
-            if ready is not None:
-                yield ready
-                del ready
-        if coming is not None:
-            yield coming.result()
-
-
 def pick(values: Tensor, positions: Tensor) -> Tensor:  # (n,), (c,) int64 -> (c,)
     """Entries of a flat tensor, as bits: torch cannot select from every dtype."""
     return bits_of(values).index_select(0, positions).view(values.dtype)
@@ -82,7 +51,7 @@ def mark(info: TensorInfo, content: str) -> TensorMark:
 
 def checkpoint_hash(side: Checkpoint, progress: Progress | None = None) -> str:
     """The content hash of a checkpoint: of every tensor in it, whatever files they lie in. Reads all of it."""
-    marks, done, buffers = {}, 0, Buffers()
+    marks, done, buffers = {}, 0, Buffers(4)
     for info in side.tensors.values():
         found = TensorHash()
         for part in ahead(partial(read, side, info, *block, buffers) for block in blocks(info)):
