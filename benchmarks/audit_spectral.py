@@ -9,6 +9,10 @@ speed cancels. With ``--accuracy`` each shape is compared with
 exact fp64 SVDs as well. Run:
 
     python benchmarks/audit_spectral.py --accuracy --out benchmarks/results/audit_spectral.json
+
+and, for accuracy alone, on all projections of some layers of a real model (``audit_runs.py`` writes SmolLM2's):
+
+    python benchmarks/audit_spectral.py --model RUNS/base --out benchmarks/results/audit_accuracy.json
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 from _common import environment, median, paired_ratio, write_result
 from torch import Tensor
 
+from offprincipal_peft.audit import open_checkpoint
 from offprincipal_peft.geometry import SpectralBase, SpectralChange
 
 # (d_out, d_in) -> how often in a block
@@ -31,6 +36,8 @@ SHAPES = {(1536, 1536): 2, (256, 1536): 2, (8960, 1536): 2, (1536, 8960): 1}
 LAYERS = 28
 # relative size of the change -> what it stands for
 SIZES = {"rl": 3e-4, "sft": 2e-2}
+ROUTES = ("perturbation", "rotated", "exact")
+REAL_SIZES = [1e-4, 3e-3, 5e-2]
 
 
 def weights(shape: tuple[int, int], size: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -79,11 +86,14 @@ def accuracy(base: Tensor, tuned: Tensor, k: int) -> dict[str, Any]:
         "route": fast.route,
         "shift": exact.shift,
         "shift_error": abs(fast.shift - exact.shift),
+        "shift_error_relative": abs(fast.shift - exact.shift) / exact.shift,
         "shift_error_stated": fast.shift_error,
         "largest_angle": max(float(b[-1]) for _, b in angles),
         "angle_error": max(float((a - b).abs().max()) for a, b in angles),
         "angle_error_relative": max(float(((a - b).abs() / b).max()) for a, b in angles),
         "angle_error_stated": fast.angle_error,
+        "within_stated": abs(fast.shift - exact.shift) <= fast.shift_error
+        and max(float((a - b).abs().max()) for a, b in angles) <= fast.angle_error,
         "within_bar": all(bool(((a - b).abs() <= (0.01 * b).clamp_min(1e-6)).all()) for a, b in angles)
         and abs(fast.shift - exact.shift) <= max(0.01 * exact.shift, 1e-6),
     }
@@ -123,15 +133,49 @@ def measure(kind: str, rounds: int, with_accuracy: bool) -> dict[str, Any]:
     return found
 
 
+def _print_accuracy(found: dict[str, Any]) -> None:
+    for what in ("shift_error", "angle_error", "angle_error_relative", "shift_error_relative"):
+        print(f"largest {what}: {max(one[what] for one in found.values()):.2e}")
+    within = sum(one["within_bar"] for one in found.values())
+    stated = sum(one["within_stated"] for one in found.values())
+    routes = {route: sum(one["route"] == route for one in found.values()) for route in ROUTES}
+    print(f"{within} of {len(found)} within the bar, {stated} within the stated errors; routes {routes}")
+
+
+def real_accuracy(folder: Path, layers: list[int]) -> dict[str, Any]:
+    """:func:`accuracy` on a real model's matrices, each changed at random by several relative sizes."""
+    found: dict[str, Any] = {}
+    with open_checkpoint(folder) as model:
+        for name, info in model.tensors.items():
+            if len(info.shape) != 2 or not any(f"layers.{layer}." in name for layer in layers):
+                continue
+            base = model.read(name)
+            for size in REAL_SIZES:
+                step = torch.randn(base.shape, generator=torch.Generator().manual_seed(len(found)))
+                tuned = base.float() + step * (size * float(base.float().norm()) / float(step.norm()))
+                tuned = tuned.bfloat16() if size > 1e-3 else _kept(base, tuned)
+                found[f"{name} {size:g}"] = accuracy(base, tuned, min(base.shape) // 16)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--kinds", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--model", type=Path, help="a checkpoint's folder: accuracy on its matrices, nothing else")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 15], help="of --model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.model:
+        real = real_accuracy(options.model, options.layers)
+        _print_accuracy(real)
+        if options.out:
+            settings = {"layers": options.layers, "relative_sizes": REAL_SIZES, "k": "min(shape) / 16"}
+            write_result(options.out, {"settings": settings, "accuracy": real, "environment": environment("cpu")})
+        return
     results = {kind: measure(kind, options.rounds, options.accuracy) for kind in options.kinds}
     for kind, found in results.items():
         print(kind, found["routes"], found["block_seconds"], found["faster_than_svd"], found["faster_than_svd_of_tall"])
