@@ -2,8 +2,10 @@
 
 Two bf16 checkpoints lie in the page cache, so that the disk is not measured; the second has some entries moved. Each
 round does, one after the other: read both files in blocks and write a file of the patch's size; ``make_patch``; read
-the target and the patch and write a file of the target's size, flushed to disk as ``apply_patch`` does; ``apply_patch``
-in place. A round gives one ratio for each, so that a drift of the machine's speed cancels. Run:
+the target and the patch and write a file of the target's size; ``apply_patch`` in place. Plain writing is as safe as
+theirs: a new file, flushed to disk, renamed over the old one (rewriting a file in place spares the system the search
+for free pages, and leaves neither state where it is interrupted). A round gives one ratio for each, so that a drift of
+the machine's speed cancels. Run:
 
     python benchmarks/patch_io.py --out benchmarks/results/patch_io.json
 """
@@ -29,16 +31,18 @@ PART = 4 << 20  # bytes read at once by the plain reader, into one buffer
 
 
 def plain(sources: list[Path], target: Path, size: int) -> None:
-    """Read ``sources`` into one buffer and write ``size`` bytes."""
+    """Read ``sources`` into one buffer and put a file of ``size`` bytes in the place of ``target``, flushed."""
     buffer = memoryview(bytearray(PART))
     for path in sources:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-    with target.open("wb", buffering=0) as file:
+    fresh = target.with_suffix(".new")
+    with fresh.open("wb", buffering=0) as file:
         for start in range(0, size, PART):
             file.write(buffer[: min(PART, size - start)])
         os.fsync(file.fileno())
+    os.replace(fresh, target)
 
 
 def seconds(call: Callable[[], object]) -> float:

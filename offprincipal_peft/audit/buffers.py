@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -30,15 +31,17 @@ class Buffers:
         return self._held[self._next][:size].view(dtype)
 
 
-def ahead(jobs: Iterable[Callable[[], T]]) -> Generator[T]:
-    """What each job returns, in order; the next one runs in a thread while the last one's result is in use."""
-    with ThreadPoolExecutor(1, "checkpoint-reader") as reader:
-        coming = None
+def ahead(jobs: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
+    """What each job returns, in order; the next ``count`` run in as many threads while the last result is in use."""
+    with ThreadPoolExecutor(count, "checkpoint-reader") as readers:
+        coming: deque[Future[T]] = deque()
         for job in jobs:
-            ready = coming.result() if coming is not None else None
-            coming = reader.submit(job)
+            ready = coming.popleft() if len(coming) == count else None
+            result = ready.result() if ready is not None else None
+            coming.append(readers.submit(job))
             if ready is not None:
-                yield ready
                 del ready
-        if coming is not None:
-            yield coming.result()
+                yield result  # type: ignore[misc]
+                del result
+        while coming:
+            yield coming.popleft().result()

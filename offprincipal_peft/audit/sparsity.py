@@ -133,8 +133,8 @@ def _tallies(pairing: Pairing, stack: ExitStack, progress: Callable[[int, int], 
             other.result()
     if progress is not None:
         progress(pairing.nbytes, pairing.nbytes)
-    for other in found[1:]:
-        for name, tally in other.items():
+    for more in found[1:]:
+        for name, tally in more.items():
             found[0][name].merge(tally)
     return found[0]
 

@@ -56,7 +56,7 @@ def apply_patch(
         out: a new folder (for a file: a new file) for the result, with copies of the files beside the weights, but of
             no other weights; by default the target is changed in place.
 
-    Memory: some blocks of 2^21 entries, however many patches there are.
+    Memory: some blocks of 2^20 entries, however many patches there are.
 
     Raises:
         PatchError: a patch that is damaged, does not follow the one before it, or was made for another state than the
@@ -177,7 +177,7 @@ class _Work:
     def __init__(self, target: Checkpoint, patches: Sequence[PatchFile], progress: Progress | None) -> None:
         self.target, self.patches, self.progress = target, patches, progress
         self.marks: tuple[dict[str, TensorMark], dict[str, TensorMark]] = ({}, {})
-        self.buffers, self.done, self.entries = Buffers(4), 0, 0
+        self.buffers, self.done, self.entries = Buffers(2), 0, 0
         self.touched = {name for patch in patches for name in patch.info.shapes}
 
     def tensor(self, info: TensorInfo, file: IO[bytes] | None) -> None:
@@ -234,11 +234,11 @@ class _Work:
 
 def _set(part: Tensor, start: int, stop: int, readers: Sequence[EntryReader]) -> int:
     """Put every patch's entries into one block, in their order; how many."""
-    count, bits = 0, bits_of(part)
+    count, bits = 0, bits_of(part).numpy()
     for reader in readers:
         positions, values = reader.take(stop)
         if len(positions):
-            bits.index_copy_(0, positions - start if start else positions, bits_of(values))
+            bits[positions.numpy() - start] = bits_of(values).numpy()
             count += len(positions)
     return count
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -33,7 +34,7 @@ from .content import HEX, bytes_of
 FORMAT, VERSION = "offprincipal-sparse-patch", "1"
 Kind = Literal["sparse", "values", "full"]
 WIDE = 2**31  # entries above which positions need int64
-BLOCK = 1 << 21  # entries that are worked on at once
+BLOCK = 1 << 20  # entries that are worked on at once
 _MANY = 64  # readers at once from which on no file stays open between two reads
 _LEAST = 1 << 12  # entries that a reader takes at once, however many there are
 _KEYS = ("version", "kind", "step", "base_step", "base", "result", "digest", "indices_of", "total", "shapes")
@@ -219,17 +220,17 @@ class EntryReader:
 
     def _next(self) -> tuple[Tensor, Tensor]:
         stop = min(self._count, self._done + self._at_once)
-        positions = self._positions.read(self._name, "indices", self._done, stop).long()
+        stored = self._positions.read(self._name, "indices", self._done, stop).numpy()
         values = self._values.read(self._name, "values", self._done, stop)
         if self._close:
             self._values.close()
         where = f"{self._positions.info.path}: the positions of {self._name}"
-        if int(positions[0]) <= self._last or not bool((positions[1:] > positions[:-1]).all()):
+        if int(stored[0]) <= self._last or not bool((stored[1:] > stored[:-1]).all()):
             raise PatchError(f"{where} do not ascend; the file is damaged or was not written by this package.")
-        self._last, self._done = int(positions[-1]), stop
+        self._last, self._done = int(stored[-1]), stop
         if self._last >= self._size:
             raise PatchError(f"{where} reach {self._last} and the tensor has {self._size} entries.")
-        return positions, values
+        return torch.from_numpy(stored.astype(np.int64)), values
 
 
 def _info(path: Path, metadata: dict[str, str], tensors: Mapping[str, TensorInfo]) -> PatchInfo:

@@ -41,8 +41,12 @@ def read(side: Checkpoint, info: TensorInfo, start: int, stop: int, buffers: Buf
 
 
 def pick(values: Tensor, positions: Tensor) -> Tensor:  # (n,), (c,) int64 -> (c,)
-    """Entries of a flat tensor, as bits: torch cannot select from every dtype."""
-    return bits_of(values).index_select(0, positions).view(values.dtype)
+    """Entries of a flat tensor, as bits, since torch cannot select from every dtype.
+
+    By numpy, here and beside: torch's own threads, once they were called, wait in a loop for more to do and take the
+    time of the threads that read and write.
+    """
+    return torch.from_numpy(bits_of(values).numpy().take(positions.numpy())).view(values.dtype)
 
 
 def mark(info: TensorInfo, content: str) -> TensorMark:
@@ -51,7 +55,7 @@ def mark(info: TensorInfo, content: str) -> TensorMark:
 
 def checkpoint_hash(side: Checkpoint, progress: Progress | None = None) -> str:
     """The content hash of a checkpoint: of every tensor in it, whatever files they lie in. Reads all of it."""
-    marks, done, buffers = {}, 0, Buffers(4)
+    marks, done, buffers = {}, 0, Buffers(2)
     for info in side.tensors.values():
         found = TensorHash()
         for part in ahead(partial(read, side, info, *block, buffers) for block in blocks(info)):

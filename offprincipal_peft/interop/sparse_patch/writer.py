@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -86,8 +87,10 @@ class PatchWriter:
             self._file = self._draft.open("wb")
             self._file.write(self._header())
 
-    def add(self, name: str, shape: tuple[int, ...], positions: Tensor | None, values: Tensor) -> None:
-        """Some more entries of ``name``, after those before: ``positions`` (c,), whole numbers; ``values`` (c,)."""
+    def add(
+        self, name: str, shape: tuple[int, ...], positions: Tensor | None, values: Tensor, *, start: int = 0
+    ) -> None:
+        """Some more entries of ``name``, after those before: ``positions`` (c,) from ``start`` on, ``values`` (c,)."""
         values = values.contiguous()  # a name of its own: the bytes are those of living tensors
         if self._file is not None:
             self._put(bytes_of(values))
@@ -99,8 +102,10 @@ class PatchWriter:
         self._counts[name] += values.numel()
         if self.kind == "sparse":
             assert positions is not None and len(positions) == len(values)
-            positions = positions.to(positions_dtype(shape)).contiguous()
-            self._indices.write(bytes_of(positions))
+            wide = positions_dtype(shape) == torch.int64
+            absolute: Any = positions.numpy().astype(np.int64 if wide else np.int32)
+            absolute += start
+            self._indices.write(absolute.data)
         self._values.write(bytes_of(values))
 
     def finish(self, *, base: str | None, result: str) -> PatchInfo:
