@@ -3,7 +3,7 @@
 # make test-floor  the tests alone, on the lowest versions that pyproject.toml admits (constraints-floor.txt)
 # make check  lint and types only
 # make format rewrite the files as the linter wants them
-# make tables render the README's figures from benchmarks/results
+# make tables render the README's and the docs' figures from benchmarks/results
 # make env    build the environment only
 # make clean  remove the environments and every cache
 #
@@ -59,6 +59,7 @@ format: $(STAMP)
 
 tables: $(STAMP)
 	@$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python benchmarks/scaling.py --render
 
 env: $(STAMP)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import TrialConfig
+from .evaluation import check_text, other_text
 from .methods import build_config
 from .models import check_quantization, choose_device, load_tokenizer
 from .tasks import TaskError, load_task
@@ -35,6 +36,8 @@ def check_trials() -> Callable[[TrialConfig], None]:
         if once("model", config.model, config.device):
             choose_device(config.device)
             load_tokenizer(config.model)
+        if once("text", config.model, config.other_text):
+            check_text(other_text(config.other_text), load_tokenizer(config.model))
 
     return check
 

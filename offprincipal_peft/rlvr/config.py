@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")  # which one of several: CUDA_VISIBLE_DEVICES
 QUANTIZATIONS = ("none", "nf4", "nf4-double", "int8")
 # Fields that records had not from the beginning, with the value that stands for the records without them.
-LATER = {"quantization": "none"}
+LATER = {"quantization": "none", "other_text": ""}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class TrialConfig:
         prompts_per_step: different prompts in a step; each is sampled ``group_size`` times.
         beta: weight of the KL penalty of GRPO and RLOO.
         evaluate_every: steps between evaluations on the test items; 0 evaluates at the start and the end only.
+        other_text: a text file, of which the loss says what was forgotten; a page of plain English where it is empty.
         geometry: whether the geometry of the update is measured.
         k: principal subspace of the geometry's figures, a number of directions or a fraction of min(shape).
     """
@@ -78,6 +79,7 @@ class TrialConfig:
     test_items: int = 256
     evaluate_every: int = 0
     evaluation_batch: int = 64
+    other_text: str = ""
     geometry: bool = True
     k: float = 1 / 16
     seed: int = 0
@@ -96,6 +98,8 @@ class TrialConfig:
             raise ValueError(
                 f"target_modules={self.target_modules!r}: it is 'all-linear', a pattern or a list of names"
             )
+        if not isinstance(self.other_text, str):
+            raise ValueError(f"other_text={self.other_text!r}: it is the path of a text file")
         if not isinstance(self.geometry, bool):
             raise ValueError(f"geometry={self.geometry!r}: it is true or false")
         for name in ("method_options", "task_options", "trainer_options"):

@@ -105,11 +105,25 @@ def divergence(
     return {**{name: value / tokens for name, value in total.items()}, "completion_length": tokens / len(items)}
 
 
-def text_loss(model: nn.Module, tokenizer: Any, text: str) -> float:
-    """Mean loss in nats per token on a text, in blocks of 256 tokens."""
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0].to(_device(model))
+def other_text(path: str) -> str:
+    """The text in a file, or the package's own where ``path`` is empty; raises ``ValueError`` where there is none."""
+    try:
+        return (Path(path) if path else OTHER_TEXT).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"other_text={path!r} cannot be read as text: {error}") from None
+
+
+def check_text(text: str, tokenizer: Any) -> Tensor:  # -> (tokens,) int64
+    """The text's tokens; raises ``ValueError`` where they are too few for a loss."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
     if ids.numel() < 2:
         raise ValueError(f"the text has {ids.numel()} tokens: a loss needs at least 2")
+    return ids
+
+
+def text_loss(model: nn.Module, tokenizer: Any, text: str) -> float:
+    """Mean loss in nats per token on a text, in blocks of 256 tokens."""
+    ids = check_text(text, tokenizer).to(_device(model))
     total, count = 0.0, 0
     for block in ids.split(TEXT_BLOCK):
         if block.numel() < 2:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .callbacks import GeometryCallback
 from .config import TrialConfig
-from .evaluation import OTHER_TEXT, Reference, accuracy, as_found, divergence, text_loss
+from .evaluation import Reference, accuracy, as_found, divergence, other_text, text_loss
 from .memory import peak_bytes, reachable_tensors, storages
 from .methods import Method
 from .models import cache_folder, load_model
@@ -36,7 +36,7 @@ class Measurements:
     ) -> None:
         self.config, self.method, self.tokenizer, self.task = config, method, tokenizer, task
         self.device, self.record = device, record
-        self.text = OTHER_TEXT.read_text(encoding="utf-8")
+        self.text = other_text(config.other_text)
         self.base_bytes = sum(storages(reachable_tensors([model])).values())
         self.geometry = _geometry(config)
         self._reference: nn.Module | None = None
