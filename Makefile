@@ -4,6 +4,7 @@
 # make check  lint and types only
 # make format rewrite the files as the linter wants them
 # make tables render the README's and the docs' figures from benchmarks/results
+# make study-small  pretrain the study's small model and run its grids again (some hours on two cores)
 # make env    build the environment only
 # make clean  remove the environments and every cache
 #
@@ -19,6 +20,9 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 ARGS ?=
 DEMO ?= runs/demo
+# The study's specs name runs/study/model: the folder is theirs.
+STUDY := runs/study
+STUDY_SPECS := $(sort $(wildcard benchmarks/experiments/study_*.yaml))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -28,7 +32,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 TEST_ENV := OMP_NUM_THREADS=1 $(OFFLINE)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: demo test test-floor check lint types format tables env clean
+.PHONY: demo study-small test test-floor check lint types format tables env clean
 .DEFAULT_GOAL := test
 
 # Lint and types come first, so that the last line printed is pytest's summary.
@@ -42,6 +46,13 @@ test-floor:
 # Finished trials in the folder are kept: an interrupted demo goes on where it was.
 demo: $(STAMP)
 	@$(OFFLINE) $(BIN)/offprincipal sweep benchmarks/experiments/demo.yaml --out $(DEMO)
+
+# Finished trials are kept here too. One model in, one result file a spec out, then the tables.
+study-small: $(STAMP)
+	@$(OFFLINE) $(BIN)/python benchmarks/small_model.py $(STUDY)/model
+	@$(OFFLINE) $(BIN)/python benchmarks/study.py run $(STUDY_SPECS) $(STUDY)
+	@$(OFFLINE) $(BIN)/python benchmarks/study.py collect $(STUDY_SPECS) $(STUDY)
+	@$(MAKE) tables
 
 check: lint types
 
@@ -60,6 +71,7 @@ format: $(STAMP)
 tables: $(STAMP)
 	@$(BIN)/python benchmarks/tables.py
 	@$(BIN)/python benchmarks/scaling.py --render
+	@$(BIN)/python benchmarks/findings.py
 
 env: $(STAMP)
 

@@ -1,0 +1,172 @@
+"""Run a spec of the study: many short trials, each process taking one after another.
+
+A sweep (``offprincipal sweep``) starts a process for each trial, which costs more than a trial of the small model does.
+Here a few processes share them; every trial is :func:`offprincipal_peft.rlvr.trial.run_trial` all the same, and its
+record equals that of a sweep to the bit (``verify`` runs some trials in processes of their own and compares). Finished
+records are kept: what was killed goes on. ``collect`` writes one line a trial into a result file, failures and
+collapses too.
+
+    python benchmarks/study.py run benchmarks/experiments/study_starts.yaml runs/study
+    python benchmarks/study.py collect benchmarks/experiments/study_starts.yaml runs/study
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _common import environment, write_result
+
+from offprincipal_peft.rlvr.checks import check_trials
+from offprincipal_peft.rlvr.config import TrialConfig
+from offprincipal_peft.rlvr.records import numeric_fields, read_record, write_record
+from offprincipal_peft.rlvr.sweep_process import trial_command, trial_environment
+from offprincipal_peft.rlvr.sweep_spec import SweepSpec
+
+RESULTS = Path(__file__).parent / "results" / "study"
+PER_PROCESS = 40  # trials until a process is replaced by a fresh one
+# Of each evaluation. Test items are split in halves, by their order: what is chosen by one is reported on the other.
+EVALUATED = ("step", "accuracy", "even", "odd", "kl", "entropy", "update_norm", "forgetting")
+CONFIG = ("label", "method", "method_options", "algorithm", "learning_rate", "rank", "alpha", "seed", "task", "beta")
+
+
+def folder_of(spec: Path, root: Path) -> Path:
+    return root / spec.stem
+
+
+def trials_of(spec: Path) -> list[TrialConfig]:
+    return SweepSpec.from_yaml(spec).trials()
+
+
+# ---- running
+
+
+def one(job: tuple[dict[str, Any], str, str]) -> tuple[str, str, float]:
+    """One trial in this process; (id, status, seconds)."""
+    from offprincipal_peft.rlvr.trial import run_trial
+
+    config, target, log = TrialConfig.from_dict(job[0]), Path(job[1]), Path(job[2])
+    begun = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        record = run_trial(config)
+    write_record(target, record)
+    return config.trial_id, record["status"], time.perf_counter() - begun
+
+
+def run(spec: Path, root: Path, workers: int) -> None:
+    """Every trial of ``spec`` that has no record yet."""
+    folder, configs = folder_of(spec, root), trials_of(spec)
+    for name in ("trials", "logs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    pending = [config for config in configs if not (folder / "trials" / f"{config.trial_id}.json").is_file()]
+    print(f"{spec.stem}: {len(configs)} trials, {len(pending)} to run", flush=True)
+    if not pending:
+        return
+    check = check_trials()
+    for config in pending:
+        check(config)
+    jobs = [
+        (c.to_dict(), str(folder / "trials" / f"{c.trial_id}.json"), str(folder / "logs" / f"{c.trial_id}.log"))
+        for c in pending
+    ]
+    os.environ.update(trial_environment(max(1, pending[0].threads)))  # spawned processes start with it
+    begun = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=PER_PROCESS) as pool:
+        for done, (name, status, seconds) in enumerate(pool.imap_unordered(one, jobs), 1):
+            left = (time.perf_counter() - begun) / done * (len(jobs) - done)
+            print(f"{done}/{len(jobs)} {name}: {status}, {seconds:.0f} s; {left / 60:.0f} min left", flush=True)
+
+
+def verify(spec: Path, root: Path, count: int) -> None:
+    """Run some trials in processes of their own; raises ``RuntimeError`` where a record differs in any number."""
+    folder, parsed = folder_of(spec, root), SweepSpec.from_yaml(spec)
+    configs = parsed.trials()
+    for config in configs[:: max(1, len(configs) // count)][:count]:
+        known = read_record(folder / "trials" / f"{config.trial_id}.json")
+        with tempfile.TemporaryDirectory() as scratch:
+            paths = Path(scratch) / "config.json", Path(scratch) / "record.json"
+            paths[0].write_text(json.dumps(config.to_dict()))
+            command = trial_command(parsed.resources, parsed.threads, None, *paths)
+            env = trial_environment(parsed.threads)
+            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            fresh = read_record(paths[1])
+        if numeric_fields(fresh) != numeric_fields(known):
+            raise RuntimeError(f"{config.trial_id}: another record in a process of its own")
+        print(f"{config.trial_id}: the same record in a process of its own", flush=True)
+
+
+# ---- collecting
+
+
+def line(record: dict[str, Any]) -> dict[str, Any]:
+    """What a table needs of one trial. The items' answers are left out; curves are kept at the evaluations."""
+    config = record["config"]
+    found: dict[str, Any] = {"id": record["id"], "status": record["status"], **{n: config[n] for n in CONFIG}}
+    if record["error"] is not None:
+        error = record["error"]
+        found["error"] = {name: error[name] for name in ("stage", "type", "message")}
+    tests = [e for e in record["evaluations"] if e["split"] == "test"]
+    found["curve"] = [[({**e, **_halves(e["correct"])}).get(name) for name in EVALUATED] for e in tests]
+    found["validation"] = next((e["accuracy"] for e in record["evaluations"] if e["split"] == "validation"), None)
+    rewards = [row["reward"] for row in record["curve"]]
+    found["rewards"] = [None if value is None else round(value, 4) for value in rewards]
+    summary = (record["geometry"] or {}).get("summary") or {}
+    found["geometry"] = {name: value for name, value in summary.items() if isinstance(value, (int, float))}
+    found["trainable"] = (record["result"] or {}).get("trainable_parameters")
+    return found
+
+
+def _halves(correct: list[int]) -> dict[str, float]:
+    return {name: sum(part) / len(part) for name, part in (("even", correct[::2]), ("odd", correct[1::2])) if part}
+
+
+def collect(spec: Path, root: Path, out: Path) -> None:
+    """One result file of all trials of ``spec``; raises ``FileNotFoundError`` where one has not run."""
+    configs = trials_of(spec)
+    folder = folder_of(spec, root) / "trials"
+    records = [read_record(folder / f"{config.trial_id}.json") for config in configs]
+    model = configs[0].model
+    about = Path(model) / "pretraining.json"
+    write_result(
+        out,
+        {
+            "spec": {"name": spec.name, "sha256": hashlib.sha256(spec.read_bytes()).hexdigest()},
+            "model": json.loads(about.read_text()) if about.is_file() else model,
+            "base": SweepSpec.from_yaml(spec).base,
+            "evaluated": list(EVALUATED),
+            "trials": [line(record) for record in records],
+            "environment": environment(configs[0].device) | {"threads": configs[0].threads},
+            "seconds": sum(record["wall_s"] for record in records),
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("command", choices=["run", "verify", "collect"])
+    parser.add_argument("spec", type=Path, nargs="+")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--count", type=int, default=3, help="trials that verify runs again")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    options = parser.parse_args()
+    for spec in options.spec:
+        if options.command == "run":
+            run(spec, options.folder, options.workers)
+        elif options.command == "verify":
+            verify(spec, options.folder, options.count)
+        else:
+            collect(spec, options.folder, options.out / f"{spec.stem}.json")
+
+
+if __name__ == "__main__":
+    main()
