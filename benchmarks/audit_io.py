@@ -3,8 +3,8 @@
 Two synthetic bf16 checkpoints (the second with some entries moved) lie in the page cache, so that the disk is not
 measured. Each round first reads both files, block by block into one buffer, and then counts with
 ``audit.bf16_sparsity``; a round gives one ratio, so that a drift of the machine's speed cancels. One torch thread; the
-count reads ahead in a second one. Memory is the process' private resident memory,
-sampled after every block. Run:
+plain reader is one thread, the count shares the blocks between two. Memory is the process' private resident memory,
+sampled after every block of the first. Run:
 
     python benchmarks/audit_io.py --out benchmarks/results/audit_io.json
 """

@@ -4,10 +4,13 @@ A table stands between ``<!-- table NAME KIND ... -->`` and ``<!-- end -->``; NA
 ``--check`` nothing is written and a page that no longer fits the files is an error. How the figures are made:
 
 - a *collapse*: the test accuracy ends more than five points below the untrained model's, or the trial failed;
-- *at an equal rate*: mean over the seeds of the last test accuracy, with Student's 95 % interval;
+- *at an equal rate*: mean over the seeds of the last test accuracy, with Student's 95 % interval; no mean where a seed
+  failed;
 - *at equal KL* (or norm of the update): each trial's curve of evaluations is read where it first crosses the level, by
-  straight lines. Of a method's rates, those count at which every seed gets there; the best one is chosen on the even
-  test items, and the odd ones are reported;
+  straight lines in the norm or in the root of the KL, which grows like the norm. A method's rates count where every
+  seed gets there;
+- *a method at its best rate*: seed by seed, at the rate that is best for the other seeds, so that no seed's luck
+  chooses its own rate;
 - differences to the reference are by seed: equal seeds share prompts and sampling seeds.
 """
 
@@ -19,6 +22,7 @@ import math
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ from offprincipal_peft.rlvr.statistics import Interval, at_level, mean_interval
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "findings.md"
-RESULTS = HERE / "results" / "study"
+RESULTS, SPECS = HERE / "results" / "study", HERE / "experiments"
 COLLAPSE = 0.05
 BLOCK = re.compile(r"<!-- table (?P<words>[^>]*?) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 Trial = dict[str, Any]
@@ -42,9 +46,11 @@ class Result:
         self.values = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         self.columns = {column: i for i, column in enumerate(self.values["evaluated"])}
         self.trials: dict[str, dict[float, list[Trial]]] = {}
-        ranks = {trial["rank"] for trial in self.values["trials"]}
+        told_apart = [
+            field for field in ("algorithm", "task") if len({str(t[field]) for t in self.values["trials"]}) > 1
+        ]
         for trial in self.values["trials"]:
-            name = method_name(trial, ranks)
+            name = method_name(trial, told_apart)
             self.trials.setdefault(name, {}).setdefault(trial["learning_rate"], []).append(trial)
 
     @property
@@ -55,32 +61,60 @@ class Result:
         return [row[self.columns[column]] for row in trial["curve"]]
 
     def last(self, trial: Trial, column: str) -> float:
-        return self.curve(trial, column)[-1]
+        return number_or_nan(self.curve(trial, column)[-1])
 
     def collapsed(self, trial: Trial) -> bool:
         if trial["status"] != "finished":
             return True
         accuracy = self.curve(trial, "accuracy")
-        return not math.isfinite(accuracy[-1]) or accuracy[-1] < accuracy[0] - COLLAPSE
+        return not accuracy[-1] >= accuracy[0] - COLLAPSE
 
     def at(self, trial: Trial, by: str, level: float, column: str) -> float | None:
         """The column where the trial's curve first crosses ``level`` of ``by``; None where it does not."""
-        x, y = self.curve(trial, by), self.curve(trial, column)
-        if any(value is None for value in (*x, *y)):
-            return None
-        return at_level(x, y, level)
+        points_ = []
+        for x, y in zip(self.curve(trial, by), self.curve(trial, column), strict=True):
+            if x is None or y is None:
+                break  # NaN from there on
+            points_.append((x, y))
+        root = math.sqrt if by == "kl" else float
+        return at_level([root(max(x, 0.0)) for x, _ in points_], [y for _, y in points_], root(level))
+
+    def by_other_seeds(
+        self, score: Callable[[Trial], float | None], by_rate: dict[float, list[Trial]]
+    ) -> dict[int, Trial]:
+        """Each seed's trial at the rate whose mean score is best over the other seeds.
+
+        Rates at which a trial has no score are left out; empty where no rate is left.
+        """
+        scores = {
+            rate: {t["seed"]: found for t in trials if t["status"] == "finished" and (found := score(t)) is not None}
+            for rate, trials in by_rate.items()
+        }
+        whole = {rate: values for rate, values in scores.items() if len(values) == len(by_rate[rate])}
+        chosen: dict[int, Trial] = {}
+        for seed in sorted({seed for values in whole.values() for seed in values}):
+            others = {
+                rate: sum(v for s, v in values.items() if s != seed) / max(1, len(values) - 1)
+                for rate, values in whole.items()
+                if seed in values
+            }
+            rate = max(others, key=lambda rate: others[rate])
+            chosen[seed] = next(t for t in by_rate[rate] if t["seed"] == seed)
+        return chosen
 
 
-def method_name(trial: Trial, ranks: set[int]) -> str:
+def method_name(trial: Trial, told_apart: list[str]) -> str:
+    """The label, the k of a mask or projection that the label does not tell, and the fields that differ."""
     name = trial["label"]
     k = (trial["method_options"] or {}).get("principal_rank")
     if k is not None and not name.startswith("off-"):
         name += f", k = {fraction(k)}"
-    return name + (f", r = {trial['rank']}" if len(ranks) > 1 else "")
+    return ", ".join([name, *(str(trial[field]) for field in told_apart)])
 
 
 def fraction(k: float) -> str:
-    return f"n/{round(1 / k)}" if k < 1 else str(int(k))
+    whole = round(1 / k) if k < 1 else 0
+    return f"n/{whole}" if whole and abs(k * whole - 1) < 1e-3 else f"{k:g}"
 
 
 # ---- tables: each takes a result and the words behind its name, and gives the lines of a table
@@ -93,78 +127,72 @@ def equal_rate(result: Result, words: list[str]) -> list[str]:
         cells = []
         for rate in result.rates:
             trials = by_rate.get(rate, [])
-            finished = [trial for trial in trials if trial["status"] == "finished"]
+            failed = sum(trial["status"] != "finished" for trial in trials)
             collapsed = sum(result.collapsed(trial) for trial in trials)
-            text = percent(mean_interval([result.last(t, "accuracy") for t in finished])) if finished else "–"
-            cells.append(text + (f" ({collapsed} of {len(trials)} collapsed)" if collapsed else ""))
+            if not trials:
+                cells.append("–")
+            elif failed:
+                cells.append(f"{failed} of {len(trials)} failed, {collapsed} collapsed")
+            else:
+                text = percent(mean_interval([result.last(t, "accuracy") for t in trials]))
+                cells.append(text + (f" ({collapsed} of {len(trials)} collapsed)" if collapsed else ""))
         rows.append([name, *cells])
     return markdown(rows)
 
 
 def best_rate(result: Result, words: list[str]) -> list[str]:
-    """Each method at the rate with the best validation accuracy."""
-    rows = [["method", "rate", "test accuracy, %", "KL", "norm of the update", "forgetting, nats", "collapsed rates"]]
+    """Each seed at the rate whose validation accuracy is best for the other seeds."""
+    head = ["method", "rate", "test accuracy, %", "KL", "norm of the update", "forgetting, nats", "collapsed rates"]
+    rows = [head]
     for name, by_rate in result.trials.items():
-        good = {rate: trials for rate, trials in by_rate.items() if all(t["status"] == "finished" for t in trials)}
         bad = [rate for rate, trials in by_rate.items() if any(result.collapsed(t) for t in trials)]
-        if not good:
-            rows.append([name, *["–"] * 5, ", ".join(map(rate_text, bad))])
-            continue
-        rate = max(good, key=lambda rate: sum(t["validation"] for t in good[rate]))
-        trials = good[rate]
-        forgot = [result.last(t, "forgetting") - result.curve(t, "forgetting")[0] for t in trials]
-        rows.append(
-            [
-                name,
-                rate_text(rate),
-                percent(mean_interval([result.last(t, "accuracy") for t in trials])),
-                number(mean_interval([result.last(t, "kl") for t in trials])),
-                number(mean_interval([result.last(t, "update_norm") for t in trials])),
-                number(mean_interval(forgot)),
-                ", ".join(map(rate_text, sorted(bad))) or "none",
+        chosen = result.by_other_seeds(lambda trial: trial["validation"], by_rate)
+        figures = ["–"] * 5
+        if chosen:
+            trials = list(chosen.values())
+            forgot = [result.last(t, "forgetting") - result.curve(t, "forgetting")[0] for t in trials]
+            figures = [
+                rates_text(trials),
+                percent(interval([result.last(t, "accuracy") for t in trials])),
+                number(interval([result.last(t, "kl") for t in trials])),
+                number(interval([result.last(t, "update_norm") for t in trials])),
+                number(interval(forgot)),
             ]
-        )
+        rows.append([name, *figures, ", ".join(map(rate_text, sorted(bad))) or "none"])
     return markdown(rows)
 
 
 def equal_level(result: Result, words: list[str]) -> list[str]:
-    """At levels of ``kl`` or ``update_norm``: accuracy on the odd items, and the difference to the reference."""
+    """At levels of ``kl`` or ``update_norm``: the accuracy, the difference to the reference, and the rate."""
     by, reference, *levels = words
-    rows = [
-        [
-            "method",
-            *(f"{'KL' if by == 'kl' else 'norm'} {level}: accuracy, %; to {reference}; rate" for level in levels),
-        ]
-    ]
-    chosen = {name: [_at_best(result, name, by, float(level)) for level in levels] for name in result.trials}
-    for name, cells in chosen.items():
+    what = "KL" if by == "kl" else "norm"
+    rows = [["method", *(f"{what} {level}: accuracy, %; to {reference}; rate" for level in levels)]]
+    read = {name: [_at_best(result, name, by, float(level)) for level in levels] for name in result.trials}
+    for name, cells in read.items():
         texts = []
-        for place, cell in enumerate(cells):
-            other = chosen[reference][place]
-            if cell is None:
+        for found, other in zip(cells, read[reference], strict=True):
+            if not found:
                 texts.append("not reached")
                 continue
-            rate, odd = cell
-            difference = ""
-            if other is not None and name != reference:
-                difference = f"; {points(mean_interval([odd[s] - other[1][s] for s in odd if s in other[1]]))}"
-            texts.append(f"{percent(mean_interval(list(odd.values())))}{difference}; {rate_text(rate)}")
+            values = {seed: value for seed, (_, value) in found.items()}
+            shared = [values[seed] - other[seed][1] for seed in values if seed in other]
+            difference = f"; {points(mean_interval(shared))}" if shared and name != reference else ""
+            rates = rates_text([trial for trial, _ in found.values()])
+            texts.append(f"{percent(mean_interval(list(values.values())))}{difference}; {rates}")
         rows.append([name, *texts])
     return markdown(rows)
 
 
-def _at_best(result: Result, name: str, by: str, level: float) -> tuple[float, dict[int, float]] | None:
-    """The rate whose even items are best at the level, and its odd accuracy by seed."""
-    best: tuple[float, float, dict[int, float]] | None = None
-    for rate, trials in result.trials[name].items():
-        even = [result.at(t, by, level, "even") for t in trials if t["status"] == "finished"]
-        odd = {t["seed"]: result.at(t, by, level, "odd") for t in trials if t["status"] == "finished"}
-        if len(even) < len(trials) or any(value is None for value in even):
-            continue
-        score = sum(value for value in even if value is not None) / len(even)
-        if best is None or score > best[0]:
-            best = score, rate, {seed: value for seed, value in odd.items() if value is not None}
-    return None if best is None else best[1:]
+def _at_best(result: Result, name: str, by: str, level: float) -> dict[int, tuple[Trial, float]]:
+    """By seed: its trial at the rate that is best there for the other seeds, and its accuracy at the level."""
+    found = {}
+    for seed, trial in result.by_other_seeds(
+        lambda t: result.at(t, by, level, "accuracy"), result.trials[name]
+    ).items():
+        accuracy = result.at(trial, by, level, "accuracy")
+        assert accuracy is not None
+        found[seed] = trial, accuracy
+    return found
 
 
 def geometry(result: Result, words: list[str]) -> list[str]:
@@ -191,11 +219,26 @@ TABLES: dict[str, Callable[[Result, list[str]], list[str]]] = {
 
 
 def rate_text(rate: float) -> str:
-    mantissa, _, exponent = f"{rate:.0e}".partition("e")
-    return f"{mantissa}e−{abs(int(exponent))}"
+    return f"{rate:g}" if rate >= 0.1 else re.sub(r"e-0*", "e−", f"{rate:.2e}").replace(".00e", "e").replace("0e", "e")
 
 
-def percent(found: Interval) -> str:
+def rates_text(trials: list[Trial]) -> str:
+    """The rates of the seeds' trials, the most frequent first."""
+    counts = Counter(trial["learning_rate"] for trial in trials)
+    return ", ".join(rate_text(rate) for rate, _ in counts.most_common())
+
+
+def number_or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def interval(values: list[float]) -> Interval | None:
+    return mean_interval(values) if all(map(math.isfinite, values)) else None
+
+
+def percent(found: Interval | None) -> str:
+    if found is None:
+        return "–"
     if found.low is None or found.high is None:
         return f"{100 * found.value:.1f}"
     return f"{100 * found.value:.1f} ± {50 * (found.high - found.low):.1f}"
@@ -207,7 +250,9 @@ def points(found: Interval) -> str:
     return f"{sign}{abs(100 * found.value):.1f}{half}"
 
 
-def number(found: Interval) -> str:
+def number(found: Interval | None) -> str:
+    if found is None:
+        return "–"
     half = "" if found.low is None or found.high is None else f" ± {(found.high - found.low) / 2:.2g}"
     return f"{found.value:.3g}{half}"
 
@@ -221,10 +266,12 @@ def rendered(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         name, kind, *words = shlex.split(match["words"])
         if not (RESULTS / f"{name}.json").is_file():
+            if not (SPECS / f"{name}.yaml").is_file() or match["body"]:
+                raise SystemExit(f"{PAGE.name}: a table of {name}, of which there is no result file")
             return match[0]
         result = Result(name)
-        env, size = result.values["environment"], len(result.values["trials"])
-        scale = f"{size} trials, {result.values['seconds'] / 3600:.1f} hours of one thread, {env['cpu']}, {env['date']}"
+        ran, size = result.values["ran"], len(result.values["trials"])
+        scale = f"{size} trials, {result.values['seconds'] / 3600:.1f} hours of one thread, {ran['cpu']}, {ran['last']}"
         lines = [*TABLES[kind](result, words), "", f"`benchmarks/results/study/{name}.json`: {scale}."]
         return f"<!-- table {match['words']} -->\n" + "\n".join(lines) + "\n<!-- end -->"
 

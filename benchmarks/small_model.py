@@ -1,12 +1,14 @@
-"""Pretrain the small model of the study: a Llama of 0.9 M parameters on characters, in minutes on a CPU.
+"""Pretrain the small model of the study: a Llama of 0.8 M parameters on characters, in minutes on a CPU.
 
 The corpus is drawn, not downloaded: worked lines of the built-in tasks (sums, products, largest of n), a fifth of them
-with a wrong answer so that reinforcement has something to sharpen, and as many lines of other kinds (differences,
-reversed and sorted letters, counting, small sentences), which say later what a training forgot. No prompt of a task's
+with a wrong answer (of the largest of n, 15 %) so that reinforcement has something to sharpen, and as many lines of
+other kinds (differences, reversed and sorted letters, counting, small sentences), which say later what a training
+forgot. No prompt of a task's
 splits is held out: a held-out item's answer was seen with noise, as in a pretrained model. Same seed, same model up to
-the rounding of the machine's products; the weights' hash is in ``pretraining.json`` beside them. Run:
+the rounding of the machine's products; the weights' hash is in ``pretraining.json`` beside them. They are fp32 numbers
+that bf16 can hold. Run:
 
-    python benchmarks/small_model.py runs/small/model
+    python benchmarks/small_model.py runs/study/model
 """
 
 from __future__ import annotations
@@ -199,6 +201,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     begun = time.perf_counter()
     model, losses = pretrain(options.steps, options.batch, options.learning_rate, options.seed)
+    with torch.no_grad():  # as released models are; what a run changes is then what a bf16 checkpoint shows
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
     model.save_pretrained(options.folder)
     tokenizer().save_pretrained(options.folder)
     (options.folder / "other_text.txt").write_text(other_text(options.seed + 2), encoding="utf-8")

@@ -21,6 +21,7 @@ import os
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from offprincipal_peft.rlvr.sweep_spec import SweepSpec
 
 RESULTS = Path(__file__).parent / "results" / "study"
 PER_PROCESS = 40  # trials until a process is replaced by a fresh one
-# Of each evaluation. Test items are split in halves, by their order: what is chosen by one is reported on the other.
-EVALUATED = ("step", "accuracy", "even", "odd", "kl", "entropy", "update_norm", "forgetting")
+EVALUATED = ("step", "accuracy", "kl", "entropy", "update_norm", "forgetting")  # of each evaluation
 CONFIG = ("label", "method", "method_options", "algorithm", "learning_rate", "rank", "alpha", "seed", "task", "beta")
 
 
@@ -74,16 +74,29 @@ def run(spec: Path, root: Path, workers: int) -> None:
     check = check_trials()
     for config in pending:
         check(config)
+    _same_model(folder / "model.json", pending[0].model)
     jobs = [
         (c.to_dict(), str(folder / "trials" / f"{c.trial_id}.json"), str(folder / "logs" / f"{c.trial_id}.log"))
         for c in pending
     ]
     os.environ.update(trial_environment(max(1, pending[0].threads)))  # spawned processes start with it
     begun = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=PER_PROCESS) as pool:
-        for done, (name, status, seconds) in enumerate(pool.imap_unordered(one, jobs), 1):
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, max_tasks_per_child=PER_PROCESS) as pool:
+        running = [pool.submit(one, job) for job in jobs]
+        for done, future in enumerate(as_completed(running), 1):  # raises where a process was killed
+            name, status, seconds = future.result()
             left = (time.perf_counter() - begun) / done * (len(jobs) - done)
             print(f"{done}/{len(jobs)} {name}: {status}, {seconds:.0f} s; {left / 60:.0f} min left", flush=True)
+
+
+def _same_model(note: Path, model: str) -> None:
+    """Note which weights the trials start from; raises ``ValueError`` where those before started from others."""
+    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(model).glob("*.safetensors")}
+    if not note.is_file():
+        note.write_text(json.dumps(weights), encoding="utf-8")
+    elif json.loads(note.read_text(encoding="utf-8")) != weights:
+        raise ValueError(f"{note.parent} holds trials of another {model}; move them away, or that model back")
 
 
 def verify(spec: Path, root: Path, count: int) -> None:
@@ -115,7 +128,7 @@ def line(record: dict[str, Any]) -> dict[str, Any]:
         error = record["error"]
         found["error"] = {name: error[name] for name in ("stage", "type", "message")}
     tests = [e for e in record["evaluations"] if e["split"] == "test"]
-    found["curve"] = [[({**e, **_halves(e["correct"])}).get(name) for name in EVALUATED] for e in tests]
+    found["curve"] = [[e.get(name) for name in EVALUATED] for e in tests]
     found["validation"] = next((e["accuracy"] for e in record["evaluations"] if e["split"] == "validation"), None)
     rewards = [row["reward"] for row in record["curve"]]
     found["rewards"] = [None if value is None else round(value, 4) for value in rewards]
@@ -123,10 +136,6 @@ def line(record: dict[str, Any]) -> dict[str, Any]:
     found["geometry"] = {name: value for name, value in summary.items() if isinstance(value, (int, float))}
     found["trainable"] = (record["result"] or {}).get("trainable_parameters")
     return found
-
-
-def _halves(correct: list[int]) -> dict[str, float]:
-    return {name: sum(part) / len(part) for name, part in (("even", correct[::2]), ("odd", correct[1::2])) if part}
 
 
 def collect(spec: Path, root: Path, out: Path) -> None:
@@ -144,7 +153,14 @@ def collect(spec: Path, root: Path, out: Path) -> None:
             "base": SweepSpec.from_yaml(spec).base,
             "evaluated": list(EVALUATED),
             "trials": [line(record) for record in records],
-            "environment": environment(configs[0].device) | {"threads": configs[0].threads},
+            "ran": {
+                "cpu": records[0]["environment"]["machine"]["cpu"],
+                "first": min(record["started"] for record in records)[:10],
+                "last": max(record["started"] for record in records)[:10],
+                "versions": records[0]["environment"]["packages"],
+                "threads": configs[0].threads,
+            },
+            "collected": environment(configs[0].device),
             "seconds": sum(record["wall_s"] for record in records),
         },
     )

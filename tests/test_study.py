@@ -72,7 +72,7 @@ def test_pretraining_is_its_seed_s() -> None:
 
 
 def test_a_trial_is_the_same_in_a_process_of_its_own_and_finished_ones_are_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny_task(tmp_path / "model")
     base = {**tiny_trial(model), "steps": 1}
@@ -91,6 +91,14 @@ def test_a_trial_is_the_same_in_a_process_of_its_own_and_finished_ones_are_kept(
     path.write_text(json.dumps(record))
     with pytest.raises(RuntimeError, match="another record in a process of its own"):
         study.verify(spec, tmp_path / "runs", 1)
+    with pytest.raises(ValueError, match=r"small holds trials of another .*model; move them away"):
+        (model / "model.safetensors").write_bytes(b"other")
+        next((tmp_path / "runs" / "small" / "trials").glob("safe*.json")).rename(tmp_path / "safe.json")
+        monkeypatch.setattr(study, "check_trials", lambda: lambda config: None)
+        study.run(spec, tmp_path / "runs", 1)
+    (tmp_path / "safe.json").rename(
+        tmp_path / "runs" / "small" / "trials" / f"{study.trials_of(spec)[1].trial_id}.json"
+    )
     study.collect(spec, tmp_path / "runs", tmp_path / "small.json")
     found = json.loads((tmp_path / "small.json").read_text())
     assert [trial["status"] for trial in found["trials"]] == ["finished"] * 2
@@ -102,62 +110,102 @@ def test_a_trial_is_the_same_in_a_process_of_its_own_and_finished_ones_are_kept(
 # ---- figures
 
 
-def trial(label: str, rate: float, seed: int, rows: list[list[float]], **fields: Any) -> dict[str, Any]:
-    """``rows``: accuracy, even, odd, KL at each evaluation."""
+def trial(label: str, rate: float, seed: int, rows: list[list[float | None]], **fields: Any) -> dict[str, Any]:
+    """``rows``: accuracy and KL at each evaluation."""
     known = {"status": "finished", "method_options": {}, "rank": 8, "geometry": {}, "validation": rows[-1][0]}
-    curve = [[10 * i, a, even, odd, kl, 1.0, 10 * kl, 2.0 + kl] for i, (a, even, odd, kl) in enumerate(rows)]
+    known |= {"algorithm": "grpo", "task": "sums"}
+    curve = [[10 * i, accuracy, kl, 1.0, kl, 2.0] for i, (accuracy, kl) in enumerate(rows)]
     return {**known, "label": label, "learning_rate": rate, "seed": seed, "curve": curve, **fields}
 
 
 @pytest.fixture
 def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> findings.Result:
-    """LoRA at two rates, of which the higher one collapses for one seed, and another method that moves less."""
+    """LoRA at two rates, at the higher of which a seed collapses; a method that moves less; one that fails."""
     monkeypatch.setattr(findings, "RESULTS", tmp_path)
-    start = [0.5, 0.5, 0.5, 0.0]
+    start = [0.5, 0.0]
     trials = [
-        trial("lora", 1e-3, 0, [start, [0.6, 0.7, 0.5, 0.1], [0.7, 0.9, 0.5, 0.2]]),
-        trial("lora", 1e-3, 1, [start, [0.6, 0.7, 0.5, 0.2]]),
-        trial("lora", 1e-2, 0, [start, [0.9, 0.6, 0.9, 0.2]]),
-        trial("lora", 1e-2, 1, [start, [0.44, 0.44, 0.44, 0.3]]),
-        trial("slow", 1e-3, 0, [start, [0.52, 0.52, 0.52, 0.05]]),
-        trial("slow", 1e-3, 1, [start, [0.56, 0.56, 0.56, 0.2]]),
+        *(trial("lora", 1e-3, seed, [start, [0.6 + seed / 100, 0.16], [0.7, 0.25]]) for seed in range(3)),
+        trial("lora", 1e-2, 0, [start, [0.9, 0.16]]),  # the luck of one seed
+        trial("lora", 1e-2, 1, [start, [0.44, 0.36]]),
+        trial("lora", 1e-2, 2, [start, [0.5, 0.16]]),
+        *(trial("slow", 1e-3, seed, [start, [0.52, 0.04 if seed else 0.09]]) for seed in range(3)),
+        *(trial("bad", 1e-3, seed, [start], status="failed" if seed else "finished") for seed in range(3)),
+        *(trial("nan", 1e-3, seed, [start, [0.6, 0.16], [0.0, None]]) for seed in range(3)),
     ]
     values = {"evaluated": list(study.EVALUATED), "trials": trials, "seconds": 60.0}
-    values["environment"] = {"cpu": "some processor", "date": "2026-01-01"}
+    values["ran"] = {"cpu": "some processor", "last": "2026-01-01"}
     (tmp_path / "some.json").write_text(json.dumps(values))
     return findings.Result("some")
 
 
-def test_a_collapse_is_counted(result: findings.Result) -> None:
-    table = findings.equal_rate(result, [])
-    assert table[0] == "| method | 1e−3 | 1e−2 |"
-    assert "(1 of 2 collapsed)" in table[2] and table[2].count("collapsed") == 1
-    assert table[3].endswith("| – |")
-    failed = trial("lora", 1.0, 0, [[0.5, 0.5, 0.5, 0.0]], status="failed")
-    assert result.collapsed(failed)
+def rows_of(table: list[str]) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    return {name: rest for name, *rest in (cells[0], *cells[2:])}
 
 
-def test_the_rate_is_chosen_on_one_half_and_reported_on_the_other(result: findings.Result) -> None:
-    """At KL 0.1 LoRA's even items are best at the low rate (0.7 and 0.6), its odd ones at the high rate."""
-    assert findings._at_best(result, "lora", "kl", 0.1) == (1e-3, {0: 0.5, 1: 0.5})
-    assert findings._at_best(result, "slow", "kl", 0.1) is None  # one seed does not get there
-    (_, _, lora, slow) = findings.equal_level(result, ["kl", "lora", "0.05", "0.1"])
-    assert slow.count("not reached") == 1 and "1e−3" in lora
-    assert "; +1.8 ±" in slow  # odd items at KL 0.05: 0.52 and 0.515, LoRA's 0.5
+def test_collapses_and_failures_are_counted(result: findings.Result) -> None:
+    rows = rows_of(findings.equal_rate(result, []))
+    assert rows["method"] == ["1e−3", "1e−2"]
+    assert rows["lora"][0].startswith("70.0 ±") and rows["lora"][1].endswith("(1 of 3 collapsed)")
+    assert rows["slow"][1] == "–" and rows["bad"][0] == "2 of 3 failed, 2 collapsed"
+    assert rows["nan"][0].endswith("(3 of 3 collapsed)")
 
 
-def test_the_best_rate_is_validation_s(result: findings.Result) -> None:
-    table = findings.best_rate(result, [])
-    cells = [cell.strip() for cell in table[2].split("|")[1:-1]]
-    assert cells[:2] == ["lora", "1e−2"]  # 0.9 and 0.44 against 0.7 and 0.6
-    assert cells[2].startswith("67.0 ±") and cells[-1] == "1e−2"  # where one seed collapsed
+def test_each_seed_s_rate_is_chosen_by_the_others(result: findings.Result) -> None:
+    """At KL 0.16 the high rate has 0.9 for seed 0 by luck: the others choose it, seed 0 does not."""
+    found = findings._at_best(result, "lora", "kl", 0.16)
+    high = 0.5 - 0.06 * (0.4 / 0.6)  # seed 1: four tenths of six in the root of the KL
+    assert {seed: trial["learning_rate"] for seed, (trial, _) in found.items()} == {0: 1e-3, 1: 1e-2, 2: 1e-2}
+    assert [value for _, value in found.values()] == pytest.approx([0.6, high, 0.5])
+    rows = rows_of(findings.equal_level(result, ["kl", "lora", "0.01", "0.09"]))
+    assert rows["slow"][1] == "not reached" == rows["bad"][0]
+    assert rows["slow"][0].startswith("50.9 ± ") and rows["lora"][0].count(";") == 1  # no difference to itself
+    assert rows["nan"][1].startswith("57.5 ± 0.0; ")  # three quarters of the way from 0.5 to 0.6
 
 
-def test_a_table_stands_between_its_marks(result: findings.Result) -> None:
+def test_equal_kl_is_read_along_the_path_and_not_by_the_step(result: findings.Result) -> None:
+    """Accuracy grows with the norm, KL with its square: sparse and dense evaluations then read the same."""
+    sparse = trial("x", 1.0, 0, [[0.5, 0.0], [0.8, 0.36]])
+    dense = trial("x", 1.0, 0, [[0.5 + d / 2, d * d] for d in (0.0, 0.1, 0.2, 0.3, 0.4)])
+    for level in (0.02, 0.05, 0.1):
+        read = [result.at(one, "kl", level, "accuracy") for one in (sparse, dense)]
+        assert read == pytest.approx([0.5 + level**0.5 / 2] * 2)
+
+
+def test_the_best_rate_is_validation_s_over_the_other_seeds(result: findings.Result) -> None:
+    rows = rows_of(findings.best_rate(result, []))
+    assert rows["lora"][0] == "1e−3" and rows["lora"][1] == "70.0 ± 0.0" and rows["lora"][-1] == "1e−2"
+    assert rows["bad"][:5] == ["–"] * 5 and rows["bad"][-1] == "1e−3"
+    assert rows["nan"][2] == "–"  # no KL
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(1e-4, "1e−4"), (1.5e-4, "1.5e−4"), (2.5e-5, "2.5e−5"), (1.0, "1"), (3e-2, "3e−2")]
+)
+def test_rates_are_told_apart(rate: float, text: str) -> None:
+    assert findings.rate_text(rate) == text
+
+
+def test_methods_are_told_apart_by_what_differs(result: findings.Result) -> None:
+    assert list(result.trials) == ["lora", "slow", "bad", "nan"]
+    one = trial("safe", 1.0, 0, [[0.5, 0.0]], method_options={"principal_rank": 0.125}, algorithm="sft")
+    assert findings.method_name(one, []) == "safe, k = n/8"
+    assert findings.method_name(one, ["algorithm", "task"]) == "safe, k = n/8, sft, sums"
+    assert findings.method_name({**one, "label": "off-both-1/8"}, []) == "off-both-1/8"
+
+
+def test_a_table_stands_between_its_marks(
+    result: findings.Result, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(findings, "SPECS", tmp_path)
+    (tmp_path / "none.yaml").write_text("")
     none = "<!-- table none best-rate -->\n<!-- end -->\n"
     text = f"before\n<!-- table some equal-rate -->\nold\n<!-- end -->\nafter\n{none}"
     found = findings.rendered(text)
     assert found.startswith("before\n<!-- table some equal-rate -->\n| method |") and "old" not in found
     assert found.endswith(f"<!-- end -->\nafter\n{none}")
-    assert "6 trials, 0.0 hours of one thread, some processor, 2026-01-01" in found
+    assert "15 trials, 0.0 hours of one thread, some processor, 2026-01-01" in found
     assert findings.rendered(found) == found
+    for bad in (none.replace("none", "typo"), none.replace("-->\n<", "-->\nold\n<")):
+        with pytest.raises(SystemExit, match="of which there is no result file"):
+            findings.rendered(bad)

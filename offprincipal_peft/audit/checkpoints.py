@@ -177,7 +177,7 @@ class Checkpoint:
         nbytes = (stop - start) * info.dtype.itemsize
         if not nbytes:
             return result
-        # A view of the tensor's memory without numpy, which torch may lack; it does not outlive `result`.
+        # A view of the tensor's memory, which numpy could not give of bf16; it does not outlive `result`.
         target = memoryview((ctypes.c_ubyte * nbytes).from_address(result.data_ptr())).cast("B")
         file = self._open(info.file)
         file.seek(info.offset + start * info.dtype.itemsize)

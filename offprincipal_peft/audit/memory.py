@@ -24,6 +24,8 @@ def _malloc_trim() -> Callable[[int], Any] | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     try:
-        return ctypes.CDLL(None).malloc_trim
+        found = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):  # a libc that calls itself glibc and lacks its extension
         return None
+    found.argtypes, found.restype = [ctypes.c_size_t], ctypes.c_int
+    return found

@@ -161,7 +161,7 @@ def iterate(
             each with a pairing of its own.
         reuse: read into the memory of earlier blocks, with ``flat`` alone: a block's tensors are valid until the next
             block is asked for.
-        progress: called after each block was used, with the bytes done and the bytes in all.
+        progress: called after each block was used, with the bytes done (of this share) and the bytes in all.
     """
     for what, value in (("rows", rows), ("block_bytes", block_bytes)):
         if value is not None and value < 1:

@@ -1,5 +1,6 @@
 """The streamed count of changed weights, on one thread and on several."""
 
+import json
 import math
 import re
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from audit.pairs import draw, model
@@ -102,7 +104,13 @@ def many_blocks(tmp_path, monkeypatch) -> tuple[Path, Path]:
     monkeypatch.setattr(sparsity, "_ENTRIES", 16 * 7)
     monkeypatch.setattr(sparsity, "_cores", lambda: 2)
     for folder, seed in ((tmp_path / "base", 0), (tmp_path / "tuned", 1)):
-        model(folder, {f"w{i}": draw(40 + i, 30, seed=3 * i + seed * (i % 2)) for i in range(5)})
+        folder.mkdir()
+        places = {f"w{i}": f"model-{i % 2}.safetensors" for i in range(5)}
+        for shard in set(places.values()):
+            names = [name for name, place in places.items() if place == shard]
+            tensors = {n: draw(40 + int(n[1]), 30, seed=3 * int(n[1]) + seed * (int(n[1]) % 2)) for n in names}
+            save_file(tensors, folder / shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return tmp_path / "base", tmp_path / "tuned"
 
 
