@@ -7,6 +7,7 @@ way to the page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -235,7 +236,7 @@ def _matched(methods: Sequence[Method], reference: Method | None, quantity: str)
         return table
     table.levels = levels(span)
     by_name = {method.name: method for method in methods}
-    at = {name: [_read(found, level) for level in table.levels] for name, found in curves.items()}
+    at = {name: [_read(found, level, quantity) for level in table.levels] for name, found in curves.items()}
     for name, cells in at.items():
         table.cells[name] = []
         for place, cell in enumerate(cells):
@@ -255,9 +256,14 @@ def _level_curve(trial: Record, quantity: str) -> tuple[list[float], np.ndarray]
     return [float(e[quantity]) for e in same], np.asarray([e["correct"] for e in same], dtype=float)
 
 
-def _read(curves: Sequence[tuple[list[float], np.ndarray]], level: float) -> np.ndarray | None:
-    """(seeds, items): each item's correctness where each seed's curve crosses ``level``."""
-    rows = [at_level(x, y, level) for x, y in curves]
+def _read(curves: Sequence[tuple[list[float], np.ndarray]], level: float, quantity: str) -> np.ndarray | None:
+    """(seeds, items): each item's correctness where each seed's curve crosses ``level``.
+
+    By straight lines in the norm of the update, or in the root of the KL, which grows like the norm: in the KL itself a
+    method whose first evaluation is already far away would be read too low.
+    """
+    root: Callable[[float], float] = math.sqrt if quantity == "kl" else float
+    rows = [at_level([root(max(value, 0.0)) for value in x], y, root(level)) for x, y in curves]
     return None if any(row is None for row in rows) or len({len(row) for row in rows}) > 1 else np.asarray(rows)
 
 

@@ -220,3 +220,29 @@ def test_a_method_keeps_its_colour_everywhere() -> None:
 def test_intervals_are_readable() -> None:
     assert measured(Interval(0.6969, 0.6724, 0.7214, 0.95, 3)) == "0.697 [0.672, 0.721]"
     assert measured(Interval(0.7, 0.7 - 1e-16, 0.7 + 1e-16, 0.95, 3)) == "0.7" and measured(None) == "–"
+
+
+def test_equal_kl_does_not_depend_on_how_often_it_was_evaluated() -> None:
+    """Two methods on one path, where accuracy grows with the norm and KL with its square, one evaluated seldom."""
+    records = []
+    for label, points in (("lora", [0.0, 0.1, 0.2, 0.3, 0.4]), ("pissa", [0.0, 0.4])):
+        one = record(label, items=1000)
+        one["evaluations"] = [
+            {
+                "step": i,
+                "split": "test",
+                "accuracy": d,
+                "correct": [int(item < 1000 * d) for item in range(1000)],
+                "kl": d * d,
+                "update_norm": d,
+            }
+            for i, d in enumerate(points)
+        ]
+        records.append(one)
+    (study,) = build_studies(records)
+    for table in study.matched:
+        assert len(table.levels) == 3
+        for level, *cells in zip(table.levels, table.cells["lora"], table.cells["pissa"], strict=True):
+            expected = level**0.5 if table.quantity == "kl" else level
+            for cell in cells:
+                assert cell is not None and abs(cell[0].value - expected) < 1e-6  # in the KL itself: 0.1 for 0.2
