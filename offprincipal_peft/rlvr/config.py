@@ -99,7 +99,7 @@ class TrialConfig:
                 f"target_modules={self.target_modules!r}: it is 'all-linear', a pattern or a list of names"
             )
         if not isinstance(self.other_text, str):
-            raise ValueError(f"other_text={self.other_text!r}: it is the path of a text file")
+            raise ValueError(f"other_text={self.other_text!r}: it is text, the path of a file, or empty")
         if not isinstance(self.geometry, bool):
             raise ValueError(f"geometry={self.geometry!r}: it is true or false")
         for name in ("method_options", "task_options", "trainer_options"):

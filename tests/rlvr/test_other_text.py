@@ -25,7 +25,7 @@ def test_trials_keep_their_names_without_one() -> None:
     plain = TrialConfig("lora", 1e-4)
     assert plain.trial_id == "lora-lr0.0001-s0-05b09a86"  # as before the field was there
     assert TrialConfig("lora", 1e-4, other_text="x").trial_id != plain.trial_id
-    with pytest.raises(ValueError, match="other_text=3: it is the path of a text file"):
+    with pytest.raises(ValueError, match="other_text=3: it is text, the path of a file, or empty"):
         TrialConfig("lora", 1e-4, other_text=3)  # type: ignore[arg-type]
 
 

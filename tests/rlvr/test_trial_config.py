@@ -23,6 +23,7 @@ OTHER = {
     "model": "some/folder",
     "dtype": "bfloat16",
     "quantization": "nf4",
+    "other_text": "some/text.txt",
     "device": "cpu",
     "task": "products",
     "task_options": {"largest": 9},
@@ -68,6 +69,7 @@ BAD = [
     *(("algorithm", value) for value in ("ppo", "GRPO", "", None)),
     *(("dtype", value) for value in ("float16", "bf16", "", None)),
     *(("quantization", value) for value in ("int4", "fp4", "8bit", "", None, False)),
+    *(("other_text", value) for value in (3, None, False)),
     *((name, value) for name in TEXTS for value in (3, None, ["lora"]) if name != "label" or value),
     *((name, value) for name in OPTIONS for value in ([], "largest=3", None, {3: 4})),
 ]
