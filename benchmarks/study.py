@@ -4,7 +4,8 @@ A sweep (``offprincipal sweep``) starts a process for each trial, which costs mo
 Here a few processes share them; every trial is :func:`offprincipal_peft.rlvr.trial.run_trial` all the same, and its
 record equals that of a sweep to the bit (``verify`` runs some trials in processes of their own and compares). Finished
 records are kept: what was killed goes on. ``collect`` writes one line a trial into a result file, failures and
-collapses too.
+collapses too. A spec with ``audits:`` keeps its trials' weights, and ``collect`` adds what ``study_weights.py`` says of
+them.
 
     python benchmarks/study.py run benchmarks/experiments/study_starts.yaml runs/study
     python benchmarks/study.py collect benchmarks/experiments/study_starts.yaml runs/study
@@ -25,7 +26,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import yaml
 from _common import environment, write_result
+from study_weights import AUDITS
 
 from offprincipal_peft.rlvr.checks import check_trials
 from offprincipal_peft.rlvr.config import TrialConfig
@@ -36,35 +39,53 @@ from offprincipal_peft.rlvr.sweep_spec import SweepSpec
 RESULTS = Path(__file__).parent / "results" / "study"
 PER_PROCESS = 40  # trials until a process is replaced by a fresh one
 EVALUATED = ("step", "accuracy", "kl", "entropy", "update_norm", "forgetting")  # of each evaluation
-CONFIG = ("label", "method", "method_options", "algorithm", "learning_rate", "rank", "alpha", "seed", "task", "beta")
+CONFIG = (
+    *("label", "method", "method_options", "algorithm", "learning_rate", "rank", "alpha", "seed"),
+    *("task", "beta", "model", "dtype", "steps"),
+)
 
 
 def folder_of(spec: Path, root: Path) -> Path:
     return root / spec.stem
 
 
+def read_spec(spec: Path) -> tuple[SweepSpec, str | None]:
+    """The sweep and what ``audits:`` says; raises ``ValueError`` for an audit that there is not."""
+    values = yaml.safe_load(spec.read_text(encoding="utf-8"))
+    audits = values.pop("audits", None)
+    if audits is not None and audits not in AUDITS:
+        raise ValueError(f"{spec}: audits: {audits!r}; there are {', '.join(AUDITS)}")
+    return (SweepSpec.from_dict(values) if audits else SweepSpec.from_yaml(spec)), audits
+
+
 def trials_of(spec: Path) -> list[TrialConfig]:
-    return SweepSpec.from_yaml(spec).trials()
+    return read_spec(spec)[0].trials()
+
+
+def weights_of(folder: Path, config: TrialConfig) -> Path:
+    return folder / "weights" / config.trial_id
 
 
 # ---- running
 
 
-def one(job: tuple[dict[str, Any], str, str]) -> tuple[str, str, float]:
+def one(job: tuple[dict[str, Any], str, bool]) -> tuple[str, str, float]:
     """One trial in this process; (id, status, seconds)."""
     from offprincipal_peft.rlvr.trial import run_trial
 
-    config, target, log = TrialConfig.from_dict(job[0]), Path(job[1]), Path(job[2])
-    begun = time.perf_counter()
+    config, folder, keep = TrialConfig.from_dict(job[0]), Path(job[1]), job[2]
+    name, begun = config.trial_id, time.perf_counter()
+    log = folder / "logs" / f"{name}.log"
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        record = run_trial(config)
-    write_record(target, record)
-    return config.trial_id, record["status"], time.perf_counter() - begun
+        record = run_trial(config, weights=weights_of(folder, config) if keep else None)
+    write_record(folder / "trials" / f"{name}.json", record)
+    return name, record["status"], time.perf_counter() - begun
 
 
 def run(spec: Path, root: Path, workers: int) -> None:
     """Every trial of ``spec`` that has no record yet."""
-    folder, configs = folder_of(spec, root), trials_of(spec)
+    folder, (sweep, audits) = folder_of(spec, root), read_spec(spec)
+    configs = sweep.trials()
     for name in ("trials", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     pending = [config for config in configs if not (folder / "trials" / f"{config.trial_id}.json").is_file()]
@@ -74,11 +95,8 @@ def run(spec: Path, root: Path, workers: int) -> None:
     check = check_trials()
     for config in pending:
         check(config)
-    _same_model(folder / "model.json", pending[0].model)
-    jobs = [
-        (c.to_dict(), str(folder / "trials" / f"{c.trial_id}.json"), str(folder / "logs" / f"{c.trial_id}.log"))
-        for c in pending
-    ]
+    _same_models(folder / "models.json", sorted({config.model for config in configs}))
+    jobs = [(config.to_dict(), str(folder), audits is not None) for config in pending]
     os.environ.update(trial_environment(max(1, pending[0].threads)))  # spawned processes start with it
     begun = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
@@ -90,18 +108,21 @@ def run(spec: Path, root: Path, workers: int) -> None:
             print(f"{done}/{len(jobs)} {name}: {status}, {seconds:.0f} s; {left / 60:.0f} min left", flush=True)
 
 
-def _same_model(note: Path, model: str) -> None:
+def _same_models(note: Path, models: list[str]) -> None:
     """Note which weights the trials start from; raises ``ValueError`` where those before started from others."""
-    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(model).glob("*.safetensors")}
-    if not note.is_file():
-        note.write_text(json.dumps(weights), encoding="utf-8")
-    elif json.loads(note.read_text(encoding="utf-8")) != weights:
-        raise ValueError(f"{note.parent} holds trials of another {model}; move them away, or that model back")
+    files = [path for model in models for path in sorted(Path(model).glob("*.safetensors"))]
+    weights = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else weights
+    for path in sorted(weights.keys() | known.keys()):
+        if weights.get(path) != known.get(path):
+            model = Path(path).parent
+            raise ValueError(f"{note.parent} holds trials of another {model}; move them away, or that model back")
+    note.write_text(json.dumps(weights), encoding="utf-8")
 
 
 def verify(spec: Path, root: Path, count: int) -> None:
     """Run some trials in processes of their own; raises ``RuntimeError`` where a record differs in any number."""
-    folder, parsed = folder_of(spec, root), SweepSpec.from_yaml(spec)
+    folder, (parsed, _) = folder_of(spec, root), read_spec(spec)
     configs = parsed.trials()
     for config in configs[:: max(1, len(configs) // count)][:count]:
         known = read_record(folder / "trials" / f"{config.trial_id}.json")
@@ -140,9 +161,9 @@ def line(record: dict[str, Any]) -> dict[str, Any]:
 
 def collect(spec: Path, root: Path, out: Path) -> None:
     """One result file of all trials of ``spec``; raises ``FileNotFoundError`` where one has not run."""
-    configs = trials_of(spec)
-    folder = folder_of(spec, root) / "trials"
-    records = [read_record(folder / f"{config.trial_id}.json") for config in configs]
+    (sweep, audits), folder = read_spec(spec), folder_of(spec, root)
+    configs = sweep.trials()
+    records = [read_record(folder / "trials" / f"{config.trial_id}.json") for config in configs]
     model = configs[0].model
     about = Path(model) / "pretraining.json"
     write_result(
@@ -150,9 +171,10 @@ def collect(spec: Path, root: Path, out: Path) -> None:
         {
             "spec": {"name": spec.name, "sha256": hashlib.sha256(spec.read_bytes()).hexdigest()},
             "model": json.loads(about.read_text()) if about.is_file() else model,
-            "base": SweepSpec.from_yaml(spec).base,
+            "base": sweep.base,
             "evaluated": list(EVALUATED),
             "trials": [line(record) for record in records],
+            **({audits: AUDITS[audits](configs, lambda config: weights_of(folder, config))} if audits else {}),
             "ran": {
                 "cpu": records[0]["environment"]["machine"]["cpu"],
                 "first": min(record["started"] for record in records)[:10],

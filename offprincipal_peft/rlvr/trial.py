@@ -46,8 +46,13 @@ class Stages:
         self.progress({"event": "stage", "stage": name})
 
 
-def run_trial(config: TrialConfig, progress: Progress = lambda event: None) -> dict[str, Any]:
-    """Train, evaluate, and return the record; a failure of any stage is a record with its traceback."""
+def run_trial(
+    config: TrialConfig, progress: Progress = lambda event: None, *, weights: Path | None = None
+) -> dict[str, Any]:
+    """Train, evaluate, and return the record; a failure of any stage is a record with its traceback.
+
+    ``weights``: a folder for what was trained, as the trainer saves it (the model, or the adapter alone).
+    """
     begun = time.time()
     record: dict[str, Any] = {
         "schema": SCHEMA,
@@ -65,7 +70,7 @@ def run_trial(config: TrialConfig, progress: Progress = lambda event: None) -> d
     }
     stages = Stages(lambda event: progress({"id": config.trial_id, **event}))
     try:
-        _train_and_evaluate(config, record, stages)
+        _train_and_evaluate(config, record, stages, weights)
     except Exception as error:
         record["status"] = "failed"
         record["error"] = {
@@ -80,7 +85,7 @@ def run_trial(config: TrialConfig, progress: Progress = lambda event: None) -> d
     return record
 
 
-def _train_and_evaluate(config: TrialConfig, record: dict[str, Any], stages: Stages) -> None:
+def _train_and_evaluate(config: TrialConfig, record: dict[str, Any], stages: Stages, weights: Path | None) -> None:
     import torch
 
     from .measure import Measurements
@@ -127,6 +132,10 @@ def _train_and_evaluate(config: TrialConfig, record: dict[str, Any], stages: Sta
         trainer.train()
         stages.enter("evaluate")
         measure.finish(trainer)
+        if weights is not None:
+            stages.enter("save")
+            trainer.save_model(str(weights))
+            (weights / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it is in the config
 
 
 def _line(event: dict[str, Any], stream: Any) -> None:
