@@ -115,7 +115,7 @@ def documents(seed: int) -> Iterator[str]:
         yield "".join(kind(draw) + "\n" for _ in range(draw.randint(3, 6)))
 
 
-def other_text(seed: int, documents_: int = 40) -> str:
+def other_text(seed: int, documents_: int = 20) -> str:
     """Text of the other kinds alone, from a seed of its own."""
     draw = random.Random(seed)
     return "".join(OTHERS[i % len(OTHERS)](draw) + "\n" for i in range(documents_) for _ in range(4))
