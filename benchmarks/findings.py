@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md from the study's result files: ``python benchmarks/findings.py`` rewrites them.
+"""The study's tables in README and docs from its result files: ``python benchmarks/findings.py`` rewrites them.
 
 A table stands between ``<!-- table NAME KIND ... -->`` and ``<!-- end -->``; NAME is a file of ``results/study``. With
 ``--check`` nothing is written and a page that no longer fits the files is an error. How the figures are made:
@@ -9,6 +9,11 @@ A table stands between ``<!-- table NAME KIND ... -->`` and ``<!-- end -->``; NA
 - *at equal KL* (or norm of the update): each trial's curve of evaluations is read where it first crosses the level, by
   straight lines in the norm or in the root of the KL, which grows like the norm. A method's rates count where every
   seed gets there;
+- *at equal KL (or norm) at the end*: seed by seed, the trials' ends after the same number of steps, one for each rate,
+  are points of a curve from the untrained model on, which is read at the level as above. The path to a level is shorter
+  at a higher rate and accuracy lower there, so the reading along the path favours whichever method's grid of rates
+  happens to end just beyond the level; this one does not. It was added when the trials of the first two of
+  eighteen starts had been seen;
 - *a method at its best rate*: seed by seed, at the rate that is best for the other seeds, so that no seed's luck
   chooses its own rate;
 - differences to the reference are by seed: equal seeds share prompts and sampling seeds.
@@ -32,7 +37,7 @@ from _common import median
 from offprincipal_peft.rlvr.statistics import Interval, at_level, mean_interval
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "findings.md"
+PAGES = tuple(HERE.parent / name for name in ("README.md", "docs/findings.md", "docs/choosing-a-method.md"))
 RESULTS, SPECS = HERE / "results" / "study", HERE / "experiments"
 COLLAPSE = 0.05
 BLOCK = re.compile(r"<!-- table (?P<words>[^>]*?) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
@@ -79,6 +84,31 @@ class Result:
         root = math.sqrt if by == "kl" else float
         return at_level([root(max(x, 0.0)) for x, _ in points_], [y for _, y in points_], root(level))
 
+    def at_end(self, by_rate: dict[float, list[Trial]], by: str, level: float) -> dict[int, float]:
+        """By seed: the accuracy at ``level`` of ``by``, between the ends of the trials at neighbouring rates.
+
+        Empty unless every seed gets there.
+        """
+        root = math.sqrt if by == "kl" else float
+        found: dict[int, float | None] = {}
+        for seed in sorted({trial["seed"] for trials in by_rate.values() for trial in trials}):
+            points_: list[tuple[float, float]] = []
+            for _, trials in sorted(by_rate.items()):
+                trial = next((t for t in trials if t["seed"] == seed), None)
+                ends = self._ends(trial, by) if trial is not None else []
+                if not ends:
+                    break  # no point of this rate, and none beyond it
+                points_ += [(root(max(x, 0.0)), y) for x, y in ends[bool(points_) :]]
+            found[seed] = at_level([x for x, _ in points_], [y for _, y in points_], root(level))
+        whole = {seed: value for seed, value in found.items() if value is not None}
+        return whole if len(whole) == len(found) else {}
+
+    def _ends(self, trial: Trial, by: str) -> list[tuple[float, float]]:
+        """(``by``, accuracy) of the first and of the last evaluation; empty for a failure and for NaN at the end."""
+        curves = self.curve(trial, by), self.curve(trial, "accuracy")
+        ends = [(curves[0][i], curves[1][i]) for i in (0, -1)]
+        return ends if trial["status"] == "finished" and all(None not in end for end in ends) else []
+
     def by_other_seeds(
         self, score: Callable[[Trial], float | None], by_rate: dict[float, list[Trial]]
     ) -> dict[int, Trial]:
@@ -101,6 +131,13 @@ class Result:
             rate = max(others, key=lambda rate: others[rate])
             chosen[seed] = next(t for t in by_rate[rate] if t["seed"] == seed)
         return chosen
+
+
+def chosen_methods(result: Result, words: list[str]) -> list[tuple[str, dict[float, list[Trial]]]]:
+    """The methods called ``words`` in that order, all without words; raises ``SystemExit`` for an unknown one."""
+    if unknown := [word for word in words if word not in result.trials]:
+        raise SystemExit(f"no method {', '.join(unknown)} in this result; there are {', '.join(result.trials)}")
+    return [(name, result.trials[name]) for name in words or result.trials]
 
 
 def method_name(trial: Trial, told_apart: list[str]) -> str:
@@ -141,10 +178,10 @@ def equal_rate(result: Result, words: list[str]) -> list[str]:
 
 
 def best_rate(result: Result, words: list[str]) -> list[str]:
-    """Each seed at the rate whose validation accuracy is best for the other seeds."""
+    """Each seed at the rate whose validation accuracy is best for the other seeds; ``words``: only these methods."""
     head = ["method", "rate", "test accuracy, %", "KL", "norm of the update", "forgetting, nats", "collapsed rates"]
     rows = [head]
-    for name, by_rate in result.trials.items():
+    for name, by_rate in chosen_methods(result, words):
         bad = [rate for rate, trials in by_rate.items() if any(result.collapsed(t) for t in trials)]
         chosen = result.by_other_seeds(lambda trial: trial["validation"], by_rate)
         figures = ["–"] * 5
@@ -179,6 +216,24 @@ def equal_level(result: Result, words: list[str]) -> list[str]:
             difference = f"; {points(mean_interval(shared))}" if shared and name != reference else ""
             rates = rates_text([trial for trial, _ in found.values()])
             texts.append(f"{percent(mean_interval(list(values.values())))}{difference}; {rates}")
+        rows.append([name, *texts])
+    return markdown(rows)
+
+
+def equal_end(result: Result, words: list[str]) -> list[str]:
+    """At levels of ``kl`` or ``update_norm`` at the end: the accuracy and its difference to the reference."""
+    by, reference, *levels = words
+    what = "KL" if by == "kl" else "norm"
+    rows = [["method", *(f"{what} {level}: accuracy, %; to {reference}" for level in levels)]]
+    read = {
+        name: [result.at_end(by_rate, by, float(level)) for level in levels] for name, by_rate in result.trials.items()
+    }
+    for name, cells in read.items():
+        texts = []
+        for found, other in zip(cells, read[reference], strict=True):
+            shared = [found[seed] - other[seed] for seed in found if seed in other]
+            difference = f"; {points(mean_interval(shared))}" if shared and name != reference else ""
+            texts.append(f"{percent(mean_interval(list(found.values())))}{difference}" if found else "not reached")
         rows.append([name, *texts])
     return markdown(rows)
 
@@ -316,6 +371,7 @@ TABLES: dict[str, Callable[[Result, list[str]], list[str]]] = {
     "equal-rate": equal_rate,
     "best-rate": best_rate,
     "equal-level": equal_level,
+    "equal-end": equal_end,
     "geometry": geometry,
 }
 
@@ -372,7 +428,7 @@ def rendered(text: str) -> str:
         name, kind, *words = shlex.split(match["words"])
         if not (RESULTS / f"{name}.json").is_file():
             if not (SPECS / f"{name}.yaml").is_file() or match["body"]:
-                raise SystemExit(f"{PAGE.name}: a table of {name}, of which there is no result file")
+                raise SystemExit(f"a table of {name}, of which there is no result file")
             return match[0]
         result = Result(name)
         ran, size = result.values["ran"], len(result.values["trials"])
@@ -387,16 +443,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    new = rendered(text)
-    if options.check:
-        if new != text:
-            print(
-                "docs/findings.md does not show what benchmarks/results/study holds; run `make tables`", file=sys.stderr
-            )
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    drifted = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = rendered(text)
+        if new != text and options.check:
+            drifted.append(page.name)
+        elif new != text:
+            page.write_text(new, encoding="utf-8")
+    if drifted:
+        print(f"{', '.join(drifted)}: not what benchmarks/results/study holds; run `make tables`", file=sys.stderr)
+    return int(bool(drifted))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The study's own code: its small model, trials that share a process, and how the findings' figures are made."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -22,9 +23,18 @@ from offprincipal_peft.rlvr.records import read_record  # noqa: E402
 from offprincipal_peft.rlvr.tasks import load_task  # noqa: E402
 
 
-def test_the_page_shows_what_the_result_files_hold() -> None:
-    text = findings.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", findings.PAGES, ids=lambda page: page.name)
+def test_a_page_shows_what_the_result_files_hold(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert findings.rendered(text) == text
+
+
+@pytest.mark.parametrize("path", sorted(findings.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_result_file_is_of_the_spec_as_it_stands_and_holds_all_of_its_trials(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    spec = findings.SPECS / found["spec"]["name"]
+    assert hashlib.sha256(spec.read_bytes()).hexdigest() == found["spec"]["sha256"]
+    assert [trial["id"] for trial in found["trials"]] == [config.trial_id for config in study.trials_of(spec)]
 
 
 def test_specs_of_the_study_hold_together() -> None:
@@ -175,6 +185,23 @@ def test_equal_kl_is_read_along_the_path_and_not_by_the_step(result: findings.Re
     for level in (0.02, 0.05, 0.1):
         read = [result.at(one, "kl", level, "accuracy") for one in (sparse, dense)]
         assert read == pytest.approx([0.5 + level**0.5 / 2] * 2)
+
+
+def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(result: findings.Result) -> None:
+    """LoRA ends at KL 0.25 with 70 %: a fifth of the root from the start is 54 %, whatever its path was."""
+    found = result.at_end(result.trials["lora"], "kl", 0.01)
+    assert found == pytest.approx({seed: 0.5 + 0.2 * 0.2 for seed in range(3)})
+    by_rate = {
+        1e-3: [trial("x", 1e-3, 0, [[0.5, 0.0], [0.6, 0.04]])],
+        1e-2: [trial("x", 1e-2, 0, [[0.5, 0.0], [0.4, 0.16]])],
+    }
+    assert result.at_end(by_rate, "kl", 0.09) == pytest.approx({0: 0.5})  # half-way from 0.2 to 0.4
+    assert result.at_end(by_rate, "kl", 0.2) == {}
+    by_rate[1e-3].append(trial("x", 1e-3, 1, [[0.5, 0.0], [0.6, None]]))
+    assert result.at_end(by_rate, "kl", 0.01) == {}  # one seed does not get there
+    rows = rows_of(findings.equal_end(result, ["kl", "lora", "0.01", "0.09"]))
+    assert rows["slow"] == ["50.9 ± 0.5; −3.1 ± 0.5", "not reached"] and rows["bad"] == ["not reached"] * 2
+    assert rows["nan"] == ["not reached"] * 2 and rows["lora"][1].startswith("62.0 ±")
 
 
 def test_the_best_rate_is_validation_s_over_the_other_seeds(result: findings.Result) -> None:
