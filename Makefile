@@ -4,7 +4,8 @@
 # make check  lint and types only
 # make format rewrite the files as the linter wants them
 # make tables render the README's and the docs' figures from benchmarks/results
-# make study-small  pretrain the study's small model and run its grids again (some hours on two cores)
+# make study-small  pretrain the study's small model and run its grids again (two hours on two cores)
+# make study-smollm2  the study's headline comparisons on SmolLM2-135M (forty minutes on two cores)
 # make env    build the environment only
 # make clean  remove the environments and every cache
 #
@@ -22,7 +23,8 @@ ARGS ?=
 DEMO ?= runs/demo
 # The study's specs name runs/study/model: the folder is theirs.
 STUDY := runs/study
-STUDY_SPECS := $(sort $(wildcard benchmarks/experiments/study_*.yaml))
+STUDY_LARGE := benchmarks/experiments/study_smollm2.yaml
+STUDY_SPECS := $(sort $(filter-out $(STUDY_LARGE),$(wildcard benchmarks/experiments/study_*.yaml)))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -32,7 +34,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 TEST_ENV := OMP_NUM_THREADS=1 $(OFFLINE)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: demo study-small test test-floor check lint types format tables env clean
+.PHONY: demo study-small study-smollm2 test test-floor check lint types format tables env clean
 .DEFAULT_GOAL := test
 
 # Lint and types come first, so that the last line printed is pytest's summary.
@@ -50,8 +52,15 @@ demo: $(STAMP)
 # Finished trials are kept here too. One model in, one result file a spec out, then the tables.
 study-small: $(STAMP)
 	@$(OFFLINE) $(BIN)/python benchmarks/small_model.py $(STUDY)/model
+	@$(OFFLINE) $(BIN)/python benchmarks/study_weights.py turn $(STUDY)/model $(STUDY)/turned
 	@$(OFFLINE) $(BIN)/python benchmarks/study.py run $(STUDY_SPECS) $(STUDY)
 	@$(OFFLINE) $(BIN)/python benchmarks/study.py collect $(STUDY_SPECS) $(STUDY)
+	@$(MAKE) tables
+
+study-smollm2: $(STAMP)
+	@$(OFFLINE) $(BIN)/python benchmarks/study_weights.py round smollm2-135m $(STUDY)/smollm2
+	@$(OFFLINE) $(BIN)/python benchmarks/study.py run $(STUDY_LARGE) $(STUDY)
+	@$(OFFLINE) $(BIN)/python benchmarks/study.py collect $(STUDY_LARGE) $(STUDY)
 	@$(MAKE) tables
 
 check: lint types

@@ -16,7 +16,7 @@ PEFT_TYPE_NAME = "OFFPRINCIPAL_LORA"
 _CHOICES: dict[str, tuple[str, ...]] = {
     "init_subspace": ("bottom", "top", "null", "random", "kaiming"),
     "init_source": ("weight", "geora"),
-    "init_scale": ("unit", "spectral", "native"),
+    "init_scale": ("unit", "lora", "spectral", "native"),
     "init_factors": ("A", "B", "both"),
     "train_factors": ("both", "A", "B"),
     "projection": ("none", "output", "input", "both"),
@@ -70,7 +70,8 @@ class OffPrincipalLoraConfig(LoraConfig):
             ``"random"`` (Haar orthonormal) or ``"kaiming"`` (LoRA's uniform draw).
         init_source: the matrix whose SVD is taken: ``"weight"`` or ``"geora"`` (GeoRA's masked weight).
         geora_rho: GeoRA's fraction of lowest entries that each of its two masks keeps.
-        init_scale: ``"unit"`` (rows of norm 1), ``"spectral"`` (sqrt(sigma / s) on each factor) or ``"native"``
+        init_scale: ``"unit"`` (rows of norm 1), ``"lora"`` (rows of norm 1 / sqrt(3), that of LoRA's draw: equal
+            learning rates then take equal steps), ``"spectral"`` (sqrt(sigma / s) on each factor) or ``"native"``
             (as drawn: LoRA's bound for kaiming, unit for the orthonormal draws).
         init_factors: which factors start there, ``"A"``, ``"B"`` or ``"both"``; the others start at zero.
         train_factors: which factors train.
@@ -101,7 +102,7 @@ class OffPrincipalLoraConfig(LoraConfig):
         metadata={"help": "Whose SVD gives the start: the weight, or GeoRA's masked weight."},
     )
     geora_rho: float = field(default=0.2, metadata={"help": "Fraction of lowest entries in each of GeoRA's masks."})
-    init_scale: Literal["unit", "spectral", "native"] = field(
+    init_scale: Literal["unit", "lora", "spectral", "native"] = field(
         default="unit", metadata={"help": "Scale of the started factors."}
     )
     init_factors: Literal["A", "B", "both"] = field(default="A", metadata={"help": "Which factors start there."})

@@ -22,6 +22,9 @@ from .config import OffPrincipalLoraConfig
 
 Side = Literal["output", "input"]
 
+# Norm of a row of LoRA's Kaiming draw: d_in entries of variance 1 / (3 d_in).
+LORA_ROW_NORM = 1 / math.sqrt(3)
+
 # A start whose projected norm is below this fraction of its norm lies inside the projected-out subspace.
 _DEAD_FRACTION = 1e-3
 
@@ -163,15 +166,28 @@ def _started_factors(weight: Tensor, spectrum: WeightSpectrum, request: StartReq
 
 
 def _scaled_triplets(triplets: Triplets, request: StartRequest) -> tuple[Tensor, Tensor]:
-    """Unit: V_r^T and U_r. Spectral: sqrt(sigma / s) V^T and U sqrt(sigma / s), so that s B0 A0 = U_r S_r V_r^T."""
+    """Unit: V_r^T and U_r. Spectral: sqrt(sigma / s) V^T and U sqrt(sigma / s), so that s B0 A0 = U_r S_r V_r^T.
+
+    Lora: the unit start over sqrt(3).
+    """
     if request.config.init_scale != "spectral":
-        return triplets.V.T, triplets.U
+        norm = LORA_ROW_NORM if request.config.init_scale == "lora" else 1.0
+        return norm * triplets.V.T, norm * triplets.U
     root = (triplets.S / request.scaling).sqrt()  # (r,)
     return root[:, None] * triplets.V.T, triplets.U * root
 
 
 def _one_sided_start(weight: Tensor, spectrum: WeightSpectrum, request: StartRequest, side: Side) -> Tensor:
     """Rows (r, d_side) that need no partner on the other side: bottom, null, random or kaiming."""
+    rows = _unscaled_rows(weight, spectrum, request, side)
+    scale = request.config.init_scale
+    if request.config.init_subspace == "kaiming" and scale != "native":
+        rows = rows / rows.norm(dim=1, keepdim=True)
+    return rows * LORA_ROW_NORM if scale == "lora" else rows
+
+
+def _unscaled_rows(weight: Tensor, spectrum: WeightSpectrum, request: StartRequest, side: Side) -> Tensor:
+    """Rows (r, d_side) of norm 1, and LoRA's draw as it is drawn."""
     config, r = request.config, request.r
     d = request.shape[1] if side == "input" else request.shape[0]
     if config.init_subspace == "bottom":
@@ -192,8 +208,7 @@ def _one_sided_start(weight: Tensor, spectrum: WeightSpectrum, request: StartReq
         return (q * torch.sign(torch.diagonal(upper))).T
     # LoRA's draw: kaiming_uniform_ with a = sqrt(5) on an nn.Linear weight, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
     fan_in = d if factor == "A" else r
-    rows = (torch.rand(r, d, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(fan_in)
-    return rows / rows.norm(dim=1, keepdim=True) if config.init_scale == "unit" else rows
+    return (torch.rand(r, d, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(fan_in)
 
 
 def layer_seed(seed: int, name: str, factor: str) -> int:
