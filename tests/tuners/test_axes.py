@@ -12,8 +12,8 @@ from offprincipal_peft import OffPrincipalLoraConfig
 
 D, R, K, NULLITY = 24, 4, 2, 10
 STARTS = [
-    *itertools.product(("bottom", "top"), ("weight", "geora"), ("unit", "spectral", "native")),
-    *itertools.product(("null", "random", "kaiming"), ("weight",), ("unit", "native")),
+    *itertools.product(("bottom", "top"), ("weight", "geora"), ("unit", "lora", "spectral", "native")),
+    *itertools.product(("null", "random", "kaiming"), ("weight",), ("unit", "lora", "native")),
 ]
 FACTORS = [pair for pair in itertools.product("AB2", "2AB") if pair not in {("A", "A"), ("B", "B")}]
 PROJECTIONS = ("none", "output", "input", "both")
@@ -62,7 +62,9 @@ def check_start(A: Tensor, B: Tensor, subspace: str, scale: str, factors: str) -
             assert not factor.any()
             continue
         gram = rows(factor) @ rows(factor).T
-        if scale == "unit":
+        if scale == "lora":
+            gram = 3 * gram
+        if scale in ("unit", "lora"):
             assert (gram.diagonal() - 1).abs().max() < 1e-12  # observed: 1.4e-15
         if scale != "spectral" and subspace != "kaiming":
             assert (gram - torch.eye(R).double()).abs().max() < 1e-12  # observed: 1.4e-15
@@ -100,4 +102,16 @@ def test_one_formula(subspace, source, scale):
 
 
 def test_the_combinations_are_all_there():
-    assert (len(STARTS), len(FACTORS), len(PROJECTIONS)) == (18, 7, 4)
+    assert (len(STARTS), len(FACTORS), len(PROJECTIONS)) == (25, 7, 4)
+
+
+def test_the_lora_scale_is_the_norm_of_loras_own_rows():
+    """Wide enough for the mean to be sharp: 64 rows of 512 uniform entries."""
+    linear = nn.Linear(512, 80)
+    config = {"r": 64, "target_modules": ["0"], "init_subspace": "kaiming"}
+    norms = {}
+    for scale in ("native", "lora"):
+        model = get_peft_model(nn.Sequential(linear), OffPrincipalLoraConfig(init_scale=scale, **config))
+        norms[scale] = values(model.base_model.model[0])[0].norm(dim=1)
+    assert (norms["lora"] - 3**-0.5).abs().max() < 1e-6
+    assert abs(norms["native"].mean() / norms["lora"].mean() - 1) < 0.01  # observed: 0.001
