@@ -326,12 +326,12 @@ def interventions(result: Result, words: list[str]) -> list[str]:
         [
             "matrices",
             "rate",
-            "Jaccard as it is",
-            "by magnitude",
-            "carried back",
-            "by magnitude",
-            "cosine as it is",
-            "cosine carried back",
+            "Jaccard, as it is",
+            "as magnitude predicts",
+            "Jaccard, carried back",
+            "as magnitude predicts",
+            "cosine, as it is",
+            "cosine, carried back",
         ]
     ]
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -414,8 +414,15 @@ def points(found: Interval) -> str:
 def number(found: Interval | None) -> str:
     if found is None:
         return "–"
-    half = "" if found.low is None or found.high is None else f" ± {(found.high - found.low) / 2:.2g}"
-    return f"{found.value:.3g}{half}"
+    if found.low is None or found.high is None:
+        return f"{found.value:.3g}"
+    half = (found.high - found.low) / 2
+    size = max(abs(found.value), half)
+    power = math.floor(math.log10(size)) if 0 < size < 1e-3 else 0
+    value, half = found.value / 10**power, half / 10**power
+    digits = 1 - math.floor(math.log10(half)) if half else 3  # two digits of the half-width
+    text = f"{value:.{max(0, digits)}f} ± {half:.{max(0, digits)}f}"
+    return f"({text})e−{-power}" if power else text
 
 
 def markdown(rows: Iterable[list[str]]) -> list[str]:
