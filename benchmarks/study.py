@@ -37,7 +37,7 @@ from offprincipal_peft.rlvr.sweep_process import trial_command, trial_environmen
 from offprincipal_peft.rlvr.sweep_spec import SweepSpec
 
 RESULTS = Path(__file__).parent / "results" / "study"
-PER_PROCESS = 40  # trials until a process is replaced by a fresh one
+PER_PROCESS = 60  # trials of a process, until there are fresh ones
 EVALUATED = ("step", "accuracy", "kl", "entropy", "update_norm", "forgetting")  # of each evaluation
 CONFIG = (
     *("label", "method", "method_options", "algorithm", "learning_rate", "rank", "alpha", "seed"),
@@ -98,14 +98,18 @@ def run(spec: Path, root: Path, workers: int) -> None:
     _same_models(folder / "models.json", sorted({config.model for config in configs}))
     jobs = [(config.to_dict(), str(folder), audits is not None) for config in pending]
     os.environ.update(trial_environment(max(1, pending[0].threads)))  # spawned processes start with it
-    begun = time.perf_counter()
+    begun, done = time.perf_counter(), 0
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, max_tasks_per_child=PER_PROCESS) as pool:
-        running = [pool.submit(one, job) for job in jobs]
-        for done, future in enumerate(as_completed(running), 1):  # raises where a process was killed
-            name, status, seconds = future.result()
-            left = (time.perf_counter() - begun) / done * (len(jobs) - done)
-            print(f"{done}/{len(jobs)} {name}: {status}, {seconds:.0f} s; {left / 60:.0f} min left", flush=True)
+    # A pool for each share of the jobs: one that replaces its processes itself (max_tasks_per_child) can hang once all
+    # of them have ended (python/cpython issue 115634; seen with 3.11.7).
+    for start in range(0, len(jobs), PER_PROCESS * workers):
+        with ProcessPoolExecutor(workers, spawn) as pool:
+            running = [pool.submit(one, job) for job in jobs[start : start + PER_PROCESS * workers]]
+            for future in as_completed(running):  # raises where a process was killed
+                name, status, seconds = future.result()
+                done += 1
+                left = (time.perf_counter() - begun) / done * (len(jobs) - done)
+                print(f"{done}/{len(jobs)} {name}: {status}, {seconds:.0f} s; {left / 60:.0f} min left", flush=True)
 
 
 def _same_models(note: Path, models: list[str]) -> None:
