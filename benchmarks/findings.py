@@ -84,8 +84,10 @@ class Result:
         root = math.sqrt if by == "kl" else float
         return at_level([root(max(x, 0.0)) for x, _ in points_], [y for _, y in points_], root(level))
 
-    def at_end(self, by_rate: dict[float, list[Trial]], by: str, level: float) -> dict[int, float]:
-        """By seed: the accuracy at ``level`` of ``by``, between the ends of the trials at neighbouring rates.
+    def at_end(
+        self, by_rate: dict[float, list[Trial]], by: str, level: float, column: str = "accuracy"
+    ) -> dict[int, float]:
+        """By seed: the column at ``level`` of ``by``, between the ends of the trials at neighbouring rates.
 
         Empty unless every seed gets there.
         """
@@ -95,7 +97,7 @@ class Result:
             points_: list[tuple[float, float]] = []
             for _, trials in sorted(by_rate.items()):
                 trial = next((t for t in trials if t["seed"] == seed), None)
-                ends = self._ends(trial, by) if trial is not None else []
+                ends = self._ends(trial, by, column) if trial is not None else []
                 if not ends:
                     break  # no point of this rate, and none beyond it
                 points_ += [(root(max(x, 0.0)), y) for x, y in ends[bool(points_) :]]
@@ -103,9 +105,9 @@ class Result:
         whole = {seed: value for seed, value in found.items() if value is not None}
         return whole if len(whole) == len(found) else {}
 
-    def _ends(self, trial: Trial, by: str) -> list[tuple[float, float]]:
-        """(``by``, accuracy) of the first and of the last evaluation; empty for a failure and for NaN at the end."""
-        curves = self.curve(trial, by), self.curve(trial, "accuracy")
+    def _ends(self, trial: Trial, by: str, column: str) -> list[tuple[float, float]]:
+        """(``by``, column) of the first and of the last evaluation; empty for a failure and for NaN at the end."""
+        curves = self.curve(trial, by), self.curve(trial, column)
         ends = [(curves[0][i], curves[1][i]) for i in (0, -1)]
         return ends if trial["status"] == "finished" and all(None not in end for end in ends) else []
 
@@ -234,6 +236,25 @@ def equal_end(result: Result, words: list[str]) -> list[str]:
             shared = [found[seed] - other[seed] for seed in found if seed in other]
             difference = f"; {points(mean_interval(shared))}" if shared and name != reference else ""
             texts.append(f"{percent(mean_interval(list(found.values())))}{difference}" if found else "not reached")
+        rows.append([name, *texts])
+    return markdown(rows)
+
+
+def forgetting(result: Result, words: list[str]) -> list[str]:
+    """At levels of ``kl`` at the end: the loss on other text that was gained, in thousandths of a nat per token."""
+    reference, *levels = words
+    rows = [["method", *(f"KL {level}: forgetting, 10⁻³ nats; to {reference}" for level in levels)]]
+    read = {}
+    for name, by_rate in result.trials.items():
+        base = result.curve(next(iter(by_rate.values()))[0], "forgetting")[0]
+        cells = [result.at_end(by_rate, "kl", float(level), "forgetting") for level in levels]
+        read[name] = [{seed: 1000 * (value - base) for seed, value in cell.items()} for cell in cells]
+    for name, cells in read.items():
+        texts = []
+        for found, other in zip(cells, read[reference], strict=True):
+            shared = [found[seed] - other[seed] for seed in found if seed in other]
+            difference = f"; {signed(mean_interval(shared))}" if shared and name != reference else ""
+            texts.append(f"{number(mean_interval(list(found.values())))}{difference}" if found else "not reached")
         rows.append([name, *texts])
     return markdown(rows)
 
@@ -372,6 +393,7 @@ TABLES: dict[str, Callable[[Result, list[str]], list[str]]] = {
     "best-rate": best_rate,
     "equal-level": equal_level,
     "equal-end": equal_end,
+    "forgetting": forgetting,
     "geometry": geometry,
 }
 
@@ -409,6 +431,11 @@ def points(found: Interval) -> str:
     sign = "+" if found.value >= 0 else "−"
     half = "" if found.low is None or found.high is None else f" ± {50 * (found.high - found.low):.1f}"
     return f"{sign}{abs(100 * found.value):.1f}{half}"
+
+
+def signed(found: Interval) -> str:
+    text = number(found)
+    return text.replace("-", "−", 1) if text.startswith("-") else f"+{text}"
 
 
 def number(found: Interval | None) -> str:
