@@ -259,6 +259,33 @@ def forgetting(result: Result, words: list[str]) -> list[str]:
     return markdown(rows)
 
 
+def headline(result: Result, words: list[str]) -> list[str]:
+    """Chosen methods at one level of KL at the end, beside the rates at which a seed collapsed."""
+    level, reference, *names = words
+    rates = ", ".join(rate_text(rate) for rate in result.rates)
+    head = [
+        "method",
+        f"accuracy at KL {level}, %",
+        f"to {reference}",
+        "norm of the update there",
+        "at the highest rate, %",
+    ]
+    rows = [[*head, f"rates with a collapse, of {rates}"]]
+    other = result.at_end(result.trials[reference], "kl", float(level))
+    for name, by_rate in chosen_methods(result, names):
+        found = result.at_end(by_rate, "kl", float(level))
+        norms = result.at_end(by_rate, "kl", float(level), "update_norm")
+        cells = ["not reached", "–", "–"]
+        if found:
+            shared = [found[seed] - other[seed] for seed in found if seed in other]
+            difference = points(mean_interval(shared)) if shared and name != reference else "–"
+            cells = [percent(interval(list(found.values()))), difference, number(interval(list(norms.values())))]
+        ends = [result.last(trial, "accuracy") for trial in by_rate[max(by_rate)]]
+        bad = [rate for rate, trials in sorted(by_rate.items()) if any(map(result.collapsed, trials))]
+        rows.append([name, *cells, percent(interval(ends)), ", ".join(map(rate_text, bad)) or "none"])
+    return markdown(rows)
+
+
 def _at_best(result: Result, name: str, by: str, level: float) -> dict[int, tuple[Trial, float]]:
     """By seed: its trial at the rate that is best there for the other seeds, and its accuracy at the level."""
     found = {}
@@ -394,6 +421,7 @@ TABLES: dict[str, Callable[[Result, list[str]], list[str]]] = {
     "equal-level": equal_level,
     "equal-end": equal_end,
     "forgetting": forgetting,
+    "headline": headline,
     "geometry": geometry,
 }
 
