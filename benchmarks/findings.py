@@ -463,7 +463,7 @@ def points(found: Interval) -> str:
 
 def signed(found: Interval) -> str:
     text = number(found)
-    return text.replace("-", "−", 1) if text.startswith("-") else f"+{text}"
+    return text if found.value < 0 else f"+{text}"
 
 
 def number(found: Interval | None) -> str:
@@ -475,8 +475,9 @@ def number(found: Interval | None) -> str:
     size = max(abs(found.value), half)
     power = math.floor(math.log10(size)) if 0 < size < 1e-3 else 0
     value, half = found.value / 10**power, half / 10**power
-    digits = 1 - math.floor(math.log10(half)) if half else 3  # two digits of the half-width
-    text = f"{value:.{max(0, digits)}f} ± {half:.{max(0, digits)}f}"
+    exact = half <= 1e-9 * abs(value)  # equal in every seed, up to rounding
+    digits = 3 if exact else 1 - math.floor(math.log10(half))  # two digits of the half-width
+    text = f"{value:.{max(0, digits)}f} ± {half:.{max(0, digits)}f}".replace("-", "−")
     return f"({text})e−{-power}" if power else text
 
 

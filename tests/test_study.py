@@ -204,6 +204,40 @@ def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(resu
     assert rows["nan"] == ["not reached"] * 2 and rows["lora"][1].startswith("62.0 ±")
 
 
+def test_the_headline_names_methods_and_the_rates_at_which_a_seed_collapsed(result: findings.Result) -> None:
+    rows = rows_of(findings.headline(result, ["0.01", "lora", "lora", "slow", "bad"]))
+    assert list(rows) == ["method", "lora", "slow", "bad"]
+    assert rows["lora"] == ["54.0 ± 0.0", "–", "0.050 ± 0.000", "61.3 ± 62.1", "1e−2"]  # the last at 1e-2
+    assert rows["slow"][1] == "−3.1 ± 0.5" and rows["slow"][-1] == "none"
+    assert rows["bad"][0] == "not reached" and rows["bad"][-1] == "1e−3"
+    with pytest.raises(SystemExit, match=r"no method slo in this result; there are lora, slow, bad, nan"):
+        findings.headline(result, ["0.01", "lora", "slo"])
+
+
+def test_forgetting_is_the_loss_on_other_text_that_was_gained(result: findings.Result) -> None:
+    for trials in result.trials["slow"].values():
+        for one in trials:
+            one["curve"][-1][-1] = 2.01  # ten thousandths at the end
+    rows = rows_of(findings.forgetting(result, ["lora", "0.01"]))
+    assert rows["lora"][0] == "0.000 ± 0.000" and rows["bad"][0] == "not reached"
+    assert rows["slow"][0].startswith("4.4 ± ") and rows["slow"][0].split("; ")[1].startswith("+4.4 ± ")
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [
+        (1.0, 0.0038, "1.0000 ± 0.0038"),
+        (4.11e-4, 3.3e-5, "(4.11 ± 0.33)e−4"),
+        (123.4, 12.0, "123 ± 12"),
+        (-0.5, 0.25, "−0.50 ± 0.25"),
+        (0.0, 0.0, "+0.000 ± 0.000"),
+    ],
+)
+def test_a_figure_has_the_digits_that_its_interval_allows(value: float, half: float, text: str) -> None:
+    found = findings.Interval(value, value - half, value + half, 0.95, 5)
+    assert findings.signed(found).removeprefix("+" if value else "") == text
+
+
 def test_the_best_rate_is_validation_s_over_the_other_seeds(result: findings.Result) -> None:
     rows = rows_of(findings.best_rate(result, []))
     assert rows["lora"][0] == "1e−3" and rows["lora"][1] == "70.0 ± 0.0" and rows["lora"][-1] == "1e−2"
