@@ -10,10 +10,10 @@ A table stands between ``<!-- table NAME KIND ... -->`` and ``<!-- end -->``; NA
   straight lines in the norm or in the root of the KL, which grows like the norm. A method's rates count where every
   seed gets there;
 - *at equal KL (or norm) at the end*: seed by seed, the trials' ends after the same number of steps, one for each rate,
-  are points of a curve from the untrained model on, which is read at the level as above. The path to a level is shorter
-  at a higher rate and accuracy lower there, so the reading along the path favours whichever method's grid of rates
-  happens to end just beyond the level; this one does not. It was added when the trials of the first two of
-  eighteen starts had been seen;
+  are points of a curve, which is read at the level as above, between two rates and never from the untrained model on.
+  The path to a level is shorter at a higher rate and accuracy lower there, so the reading along the path favours
+  whichever method's grid of rates happens to end just beyond the level; this one does not. It was added when the
+  trials of the first two of eighteen starts had been seen, and the untrained model was left out of it when all had;
 - *a method at its best rate*: seed by seed, at the rate that is best for the other seeds, so that no seed's luck
   chooses its own rate;
 - differences to the reference are by seed: equal seeds share prompts and sampling seeds.
@@ -97,19 +97,18 @@ class Result:
             points_: list[tuple[float, float]] = []
             for _, trials in sorted(by_rate.items()):
                 trial = next((t for t in trials if t["seed"] == seed), None)
-                ends = self._ends(trial, by, column) if trial is not None else []
-                if not ends:
+                end = self._end(trial, by, column) if trial is not None else None
+                if end is None:
                     break  # no point of this rate, and none beyond it
-                points_ += [(root(max(x, 0.0)), y) for x, y in ends[bool(points_) :]]
+                points_.append((root(max(end[0], 0.0)), end[1]))
             found[seed] = at_level([x for x, _ in points_], [y for _, y in points_], root(level))
         whole = {seed: value for seed, value in found.items() if value is not None}
         return whole if len(whole) == len(found) else {}
 
-    def _ends(self, trial: Trial, by: str, column: str) -> list[tuple[float, float]]:
-        """(``by``, column) of the first and of the last evaluation; empty for a failure and for NaN at the end."""
-        curves = self.curve(trial, by), self.curve(trial, column)
-        ends = [(curves[0][i], curves[1][i]) for i in (0, -1)]
-        return ends if trial["status"] == "finished" and all(None not in end for end in ends) else []
+    def _end(self, trial: Trial, by: str, column: str) -> tuple[float, float] | None:
+        """(``by``, column) of the last evaluation; None for a failure and for NaN."""
+        end = self.curve(trial, by)[-1], self.curve(trial, column)[-1]
+        return None if trial["status"] != "finished" or None in end else end
 
     def by_other_seeds(
         self, score: Callable[[Trial], float | None], by_rate: dict[float, list[Trial]]

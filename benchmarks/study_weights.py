@@ -41,6 +41,7 @@ from offprincipal_peft.geometry.magnitude import KEYS, magnitude_keys, quantile_
 from offprincipal_peft.geometry.rotations import haar_rotation
 from offprincipal_peft.rlvr.config import TrialConfig
 
+LARGE = 512  # channels from which on the audits' fast mode is taken, whose stated errors are in their reports
 RANK = 1 / 16  # k of the audits, as a fraction of min(shape)
 ROUNDS = 30  # of the proportional fitting
 ROTATED, PERMUTED = 1, 2  # layers of the model in another basis
@@ -73,7 +74,8 @@ def pairs(configs: Sequence[TrialConfig], saved: Saved) -> list[dict[str, Any]]:
     for config in configs:
         if not (saved(config) / "model.safetensors").is_file():
             continue
-        report = audit(Path(config.model), saved(config), rank=RANK, mode="exact")
+        large = min(max(weight.shape) for weight in matrices(config.model).values()) > LARGE
+        report = audit(Path(config.model), saved(config), rank=RANK, mode="fast" if large else "exact")
         weights = [w for w in report.weights if w.layer is not None and len(w.shape) == 2]
         found.append({"id": config.trial_id, **_figures(pool("all", weights, 0), weights)})
     return found

@@ -187,40 +187,45 @@ def test_equal_kl_is_read_along_the_path_and_not_by_the_step(result: findings.Re
         assert read == pytest.approx([0.5 + level**0.5 / 2] * 2)
 
 
-def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(result: findings.Result) -> None:
-    """LoRA ends at KL 0.25 with 70 %: a fifth of the root from the start is 54 %, whatever its path was."""
-    found = result.at_end(result.trials["lora"], "kl", 0.01)
-    assert found == pytest.approx({seed: 0.5 + 0.2 * 0.2 for seed in range(3)})
-    by_rate = {
-        1e-3: [trial("x", 1e-3, 0, [[0.5, 0.0], [0.6, 0.04]])],
-        1e-2: [trial("x", 1e-2, 0, [[0.5, 0.0], [0.4, 0.16]])],
+@pytest.fixture
+def fast(result: findings.Result) -> findings.Result:
+    """The result with another method: 60 % at KL 0.16 and 70 % at 0.36, 0.01 and 0.03 nats forgotten."""
+    ends = {1e-3: [0.6, 0.16], 1e-2: [0.7, 0.36]}
+    result.trials["fast"] = {
+        rate: [trial("fast", rate, seed, [[0.5, 0.0], end]) for seed in range(3)] for rate, end in ends.items()
     }
-    assert result.at_end(by_rate, "kl", 0.09) == pytest.approx({0: 0.5})  # half-way from 0.2 to 0.4
-    assert result.at_end(by_rate, "kl", 0.2) == {}
-    by_rate[1e-3].append(trial("x", 1e-3, 1, [[0.5, 0.0], [0.6, None]]))
-    assert result.at_end(by_rate, "kl", 0.01) == {}  # one seed does not get there
-    rows = rows_of(findings.equal_end(result, ["kl", "lora", "0.01", "0.09"]))
-    assert rows["slow"] == ["50.9 ± 0.5; −3.1 ± 0.5", "not reached"] and rows["bad"] == ["not reached"] * 2
-    assert rows["nan"] == ["not reached"] * 2 and rows["lora"][1].startswith("62.0 ±")
-
-
-def test_the_headline_names_methods_and_the_rates_at_which_a_seed_collapsed(result: findings.Result) -> None:
-    rows = rows_of(findings.headline(result, ["0.01", "lora", "lora", "slow", "bad"]))
-    assert list(rows) == ["method", "lora", "slow", "bad"]
-    assert rows["lora"] == ["54.0 ± 0.0", "–", "0.050 ± 0.000", "61.3 ± 62.1", "1e−2"]  # the last at 1e-2
-    assert rows["slow"][1] == "−3.1 ± 0.5" and rows["slow"][-1] == "none"
-    assert rows["bad"][0] == "not reached" and rows["bad"][-1] == "1e−3"
-    with pytest.raises(SystemExit, match=r"no method slo in this result; there are lora, slow, bad, nan"):
-        findings.headline(result, ["0.01", "lora", "slo"])
-
-
-def test_forgetting_is_the_loss_on_other_text_that_was_gained(result: findings.Result) -> None:
-    for trials in result.trials["slow"].values():
+    for trials, loss in zip(result.trials["fast"].values(), (2.01, 2.03), strict=True):
         for one in trials:
-            one["curve"][-1][-1] = 2.01  # ten thousandths at the end
-    rows = rows_of(findings.forgetting(result, ["lora", "0.01"]))
-    assert rows["lora"][0] == "0.000 ± 0.000" and rows["bad"][0] == "not reached"
-    assert rows["slow"][0].startswith("4.4 ± ") and rows["slow"][0].split("; ")[1].startswith("+4.4 ± ")
+            one["curve"][-1][-1] = loss
+    return result
+
+
+def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(fast: findings.Result) -> None:
+    """In the root of the KL 0.25 lies half-way from 0.16 to 0.36, whatever the paths were."""
+    by_rate = fast.trials["fast"]
+    assert fast.at_end(by_rate, "kl", 0.25) == pytest.approx({seed: 0.65 for seed in range(3)})
+    assert fast.at_end(by_rate, "kl", 0.1) == {}  # below the lowest rate: nothing is read from the untrained model on
+    assert fast.at_end(by_rate, "kl", 0.5) == {}
+    by_rate[1e-2][1]["curve"][-1][2] = None
+    assert fast.at_end(by_rate, "kl", 0.25) == {}  # one seed does not get there
+    rows = rows_of(findings.equal_end(fast, ["kl", "lora", "0.25"]))
+    assert rows["lora"] == ["70.0 ± 0.0"] and rows["fast"] == rows["bad"] == rows["nan"] == ["not reached"]
+
+
+def test_the_headline_names_methods_and_the_rates_at_which_a_seed_collapsed(fast: findings.Result) -> None:
+    rows = rows_of(findings.headline(fast, ["0.25", "lora", "lora", "fast", "bad"]))
+    assert list(rows) == ["method", "lora", "fast", "bad"]
+    assert rows["lora"] == ["70.0 ± 0.0", "–", "0.250 ± 0.000", "61.3 ± 62.1", "1e−2"]  # the last at 1e-2
+    assert rows["fast"][:3] == ["65.0 ± 0.0", "−5.0 ± 0.0", "0.260 ± 0.000"] and rows["fast"][-1] == "none"
+    assert rows["bad"][0] == "not reached" and rows["bad"][-1] == "1e−3"
+    with pytest.raises(SystemExit, match=r"no method slo in this result; there are lora, slow, bad, nan, fast"):
+        findings.headline(fast, ["0.25", "lora", "slo"])
+
+
+def test_forgetting_is_the_loss_on_other_text_that_was_gained(fast: findings.Result) -> None:
+    rows = rows_of(findings.forgetting(fast, ["lora", "0.25"]))
+    assert rows["lora"] == ["0.000 ± 0.000"] and rows["bad"] == ["not reached"]
+    assert rows["fast"] == ["20.000 ± 0.000; +20.000 ± 0.000"]
 
 
 @pytest.mark.parametrize(
