@@ -285,6 +285,26 @@ def headline(result: Result, words: list[str]) -> list[str]:
     return markdown(rows)
 
 
+def versus(result: Result, words: list[str]) -> list[str]:
+    """Pairs of methods that differ in their first words alone: differences by seed at equal rates, and their mean."""
+    first, second = words
+    rows = [["pair", "rate", f"accuracy: {first} minus {second}, points", "KL: the same"]]
+    of_seeds: dict[int, list[float]] = {}
+    for name in (name for name in result.trials if name.startswith(first)):
+        other = result.trials[second + name.removeprefix(first)]
+        for rate, trials in sorted(result.trials[name].items()):
+            twins = {trial["seed"]: trial for trial in other.get(rate, [])}
+            both = [(trial, twins[trial["seed"]]) for trial in trials if trial["seed"] in twins]
+            found = [result.last(a, "accuracy") - result.last(b, "accuracy") for a, b in both]
+            for (trial, _), difference in zip(both, found, strict=True):
+                of_seeds.setdefault(trial["seed"], []).append(difference)
+            spread = signed(mean_interval([result.last(a, "kl") - result.last(b, "kl") for a, b in both]))
+            rows.append([name.removeprefix(f"{first}, "), rate_text(rate), points(mean_interval(found)), spread])
+    means = [sum(values) / len(values) for values in of_seeds.values()]
+    rows.append(["all, a mean for each seed", "", points(mean_interval(means)), ""])
+    return markdown(rows)
+
+
 def _at_best(result: Result, name: str, by: str, level: float) -> dict[int, tuple[Trial, float]]:
     """By seed: its trial at the rate that is best there for the other seeds, and its accuracy at the level."""
     found = {}
@@ -421,6 +441,7 @@ TABLES: dict[str, Callable[[Result, list[str]], list[str]]] = {
     "equal-end": equal_end,
     "forgetting": forgetting,
     "headline": headline,
+    "versus": versus,
     "geometry": geometry,
 }
 

@@ -228,6 +228,15 @@ def test_forgetting_is_the_loss_on_other_text_that_was_gained(fast: findings.Res
     assert rows["fast"] == ["20.000 ± 0.000; +20.000 ± 0.000"]
 
 
+def test_a_pair_is_compared_seed_by_seed(result: findings.Result) -> None:
+    for name, gain in (("a, k = n/8", 0.02), ("b, k = n/8", 0.0)):
+        ends = [[0.6 + gain + seed / 10, 0.1 + gain] for seed in range(3)]
+        result.trials[name] = {1e-3: [trial(name, 1e-3, seed, [[0.5, 0.0], end]) for seed, end in enumerate(ends)]}
+    rows = findings.versus(result, ["a", "b"])
+    assert rows[2] == "| k = n/8 | 1e−3 | +2.0 ± 0.0 | +0.020 ± 0.000 |"
+    assert rows[3] == "| all, a mean for each seed |  | +2.0 ± 0.0 |  |" and len(rows) == 4
+
+
 @pytest.mark.parametrize(
     ("value", "half", "text"),
     [
