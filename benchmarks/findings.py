@@ -9,11 +9,13 @@ A table stands between ``<!-- table NAME KIND ... -->`` and ``<!-- end -->``; NA
 - *at equal KL* (or norm of the update): each trial's curve of evaluations is read where it first crosses the level, by
   straight lines in the norm or in the root of the KL, which grows like the norm. A method's rates count where every
   seed gets there;
-- *at equal KL (or norm) at the end*: seed by seed, the trials' ends after the same number of steps, one for each rate,
-  are points of a curve, which is read at the level as above, between two rates and never from the untrained model on.
+- *at equal KL (or norm) at the end*: seed by seed, the accuracies after the same number of steps, one for each rate,
+  are a curve over the seeds' mean norm or root of the KL at that rate. It is read at the level by straight lines, between
+  two rates and never from the untrained model on.
   The path to a level is shorter at a higher rate and accuracy lower there, so the reading along the path favours
   whichever method's grid of rates happens to end just beyond the level; this one does not. It was added when the
-  trials of the first two of eighteen starts had been seen, and the untrained model was left out of it when all had;
+  trials of the first two of eighteen starts had been seen, the untrained model was left out of it when all had, and
+  the KL of a rate became the seeds' mean when the masks had;
 - *a method at its best rate*: seed by seed, at the rate that is best for the other seeds, so that no seed's luck
   chooses its own rate;
 - differences to the reference are by seed: equal seeds share prompts and sampling seeds.
@@ -89,21 +91,22 @@ class Result:
     ) -> dict[int, float]:
         """By seed: the column at ``level`` of ``by``, between the ends of the trials at neighbouring rates.
 
-        Empty unless every seed gets there.
+        Where a rate lies is the mean of its seeds, of whose ``by`` one alone is a noisy measurement. Empty where the
+        level lies outside of the rates.
         """
         root = math.sqrt if by == "kl" else float
-        found: dict[int, float | None] = {}
-        for seed in sorted({trial["seed"] for trials in by_rate.values() for trial in trials}):
-            points_: list[tuple[float, float]] = []
-            for _, trials in sorted(by_rate.items()):
-                trial = next((t for t in trials if t["seed"] == seed), None)
-                end = self._end(trial, by, column) if trial is not None else None
-                if end is None:
-                    break  # no point of this rate, and none beyond it
-                points_.append((root(max(end[0], 0.0)), end[1]))
-            found[seed] = at_level([x for x, _ in points_], [y for _, y in points_], root(level))
-        whole = {seed: value for seed, value in found.items() if value is not None}
-        return whole if len(whole) == len(found) else {}
+        places: list[float] = []
+        ends: list[dict[int, float]] = []
+        for _, trials in sorted(by_rate.items()):
+            found = {trial["seed"]: self._end(trial, by, column) for trial in trials}
+            known = {seed: end for seed, end in found.items() if end is not None}
+            if len(known) < len(trials):
+                break  # no point of this rate, and none beyond it
+            places.append(sum(root(max(x, 0.0)) for x, _ in known.values()) / len(known))
+            ends.append({seed: y for seed, (_, y) in known.items()})
+        shared = set.intersection(*map(set, ends)) if ends else set()
+        read = {seed: at_level(places, [end[seed] for end in ends], root(level)) for seed in sorted(shared)}
+        return {seed: value for seed, value in read.items() if value is not None}
 
     def _end(self, trial: Trial, by: str, column: str) -> tuple[float, float] | None:
         """(``by``, column) of the last evaluation; None for a failure and for NaN."""

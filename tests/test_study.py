@@ -206,8 +206,11 @@ def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(fast
     assert fast.at_end(by_rate, "kl", 0.25) == pytest.approx({seed: 0.65 for seed in range(3)})
     assert fast.at_end(by_rate, "kl", 0.1) == {}  # below the lowest rate: nothing is read from the untrained model on
     assert fast.at_end(by_rate, "kl", 0.5) == {}
+    for one, kl in zip(by_rate[1e-2], (0.25, 0.36, 0.49), strict=True):
+        one["curve"][-1][2] = kl  # roots of 0.5, 0.6 and 0.7: the same place in the mean
+    assert fast.at_end(by_rate, "kl", 0.25) == pytest.approx({seed: 0.65 for seed in range(3)})
     by_rate[1e-2][1]["curve"][-1][2] = None
-    assert fast.at_end(by_rate, "kl", 0.25) == {}  # one seed does not get there
+    assert fast.at_end(by_rate, "kl", 0.25) == {}  # a rate at which a seed ended in NaN is no place
     rows = rows_of(findings.equal_end(fast, ["kl", "lora", "0.25"]))
     assert rows["lora"] == ["70.0 ± 0.0"] and rows["fast"] == rows["bad"] == rows["nan"] == ["not reached"]
 
