@@ -10,12 +10,11 @@ A table stands between ``<!-- table NAME KIND ... -->`` and ``<!-- end -->``; NA
   straight lines in the norm or in the root of the KL, which grows like the norm. A method's rates count where every
   seed gets there;
 - *at equal KL (or norm) at the end*: seed by seed, the accuracies after the same number of steps, one for each rate,
-  are a curve over the seeds' mean norm or root of the KL at that rate. It is read at the level by straight lines, between
-  two rates and never from the untrained model on.
-  The path to a level is shorter at a higher rate and accuracy lower there, so the reading along the path favours
-  whichever method's grid of rates happens to end just beyond the level; this one does not. It was added when the
-  trials of the first two of eighteen starts had been seen, the untrained model was left out of it when all had, and
-  the KL of a rate became the seeds' mean when the masks had;
+  are a curve over the seeds' mean norm or root of the KL at that rate. It is read at the level by straight lines,
+  between two rates and never from the untrained model on. The path to a level is shorter at a higher rate and
+  accuracy lower there, so the reading along the path favours whichever method's grid of rates happens to end just
+  beyond the level; this one does not. It was added when the trials of the first two of eighteen starts had been seen,
+  the untrained model was left out of it when all had, and the KL of a rate became the seeds' mean when the masks had;
 - *a method at its best rate*: seed by seed, at the rate that is best for the other seeds, so that no seed's luck
   chooses its own rate;
 - differences to the reference are by seed: equal seeds share prompts and sampling seeds.
