@@ -23,7 +23,7 @@ ARGS ?=
 DEMO ?= runs/demo
 # The study's specs name runs/study/model: the folder is theirs.
 STUDY := runs/study
-STUDY_LARGE := benchmarks/experiments/study_smollm2.yaml
+STUDY_LARGE := $(sort $(wildcard benchmarks/experiments/study_smollm2*.yaml))
 STUDY_SPECS := $(sort $(filter-out $(STUDY_LARGE),$(wildcard benchmarks/experiments/study_*.yaml)))
 
 BIN := $(VENV)/bin
