@@ -34,7 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from _common import median
+from study_weights import pooled_figures
 
+from offprincipal_peft.audit import AuditReport, read_json_report
+from offprincipal_peft.audit.pooling import labels, pool
 from offprincipal_peft.rlvr.statistics import Interval, at_level, mean_interval
 
 HERE = Path(__file__).parent
@@ -365,6 +368,16 @@ def _scaled(key: str, values: list[float | None]) -> str:
     return percent(interval(known)) if key == "sparsity" else number(interval(known))
 
 
+def audited(report: AuditReport) -> list[str]:
+    """The figures of :func:`pairs` from a report of ``offprincipal audit``, one run a row."""
+    rows = [["run", *PAIRS.values()]]
+    weights = [weight for weight in report.weights if weight.layer is not None and len(weight.shape) == 2]
+    for position, label in enumerate(labels(report)):
+        found = pooled_figures(pool("all", weights, position), weights, position)
+        rows.append([label, *(_scaled(key, [found[key]]) for key in PAIRS)])
+    return markdown(rows)
+
+
 def consensus(result: Result, words: list[str]) -> list[str]:
     """Jaccard of the trials' changed entries by kind of matrix: same task and others, and what predicts it."""
     found = result.values["consensus"]
@@ -492,7 +505,7 @@ def number(found: Interval | None) -> str:
     if found is None:
         return "–"
     if found.low is None or found.high is None:
-        return f"{found.value:.3g}"
+        return re.sub(r"e-0*", "e−", f"{found.value:.3g}").replace("-", "−")
     half = (found.high - found.low) / 2
     size = max(abs(found.value), half)
     power = math.floor(math.log10(size)) if 0 < size < 1e-3 else 0
@@ -511,6 +524,13 @@ def markdown(rows: Iterable[list[str]]) -> list[str]:
 def rendered(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         name, kind, *words = shlex.split(match["words"])
+        if kind == "audited":
+            lines = [
+                *audited(read_json_report(RESULTS.parent / f"{name}.json")),
+                "",
+                f"`benchmarks/results/{name}.json`.",
+            ]
+            return f"<!-- table {match['words']} -->\n" + "\n".join(lines) + "\n<!-- end -->"
         if not (RESULTS / f"{name}.json").is_file():
             if not (SPECS / f"{name}.yaml").is_file() or match["body"]:
                 raise SystemExit(f"a table of {name}, of which there is no result file")

@@ -77,12 +77,14 @@ def pairs(configs: Sequence[TrialConfig], saved: Saved) -> list[dict[str, Any]]:
         large = min(max(weight.shape) for weight in matrices(config.model).values()) > LARGE
         report = audit(Path(config.model), saved(config), rank=RANK, mode="fast" if large else "exact")
         weights = [w for w in report.weights if w.layer is not None and len(w.shape) == 2]
-        found.append({"id": config.trial_id, **_figures(pool("all", weights, 0), weights)})
+        found.append({"id": config.trial_id, **pooled_figures(pool("all", weights, 0), weights)})
     return found
 
 
-def _figures(row: Pooled, weights: Sequence[WeightAudit]) -> dict[str, Any]:
-    largest = [math.degrees(max(a.output[-1], a.input[-1])) for w in weights if (a := w.changes[0].angles) is not None]
+def pooled_figures(row: Pooled, weights: Sequence[WeightAudit], position: int = 0) -> dict[str, Any]:
+    """What the study's tables show of one tuned checkpoint, the ``position``-th of its audit (from 0)."""
+    angles = [found for weight in weights if (found := weight.changes[position].angles) is not None]
+    largest = [math.degrees(max(found.output[-1], found.input[-1])) for found in angles]
     matched = row.matched
     return {
         "sparsity": row.sparsity,
