@@ -15,6 +15,9 @@ from tiny_trials import save_tiny_task, tiny_trial
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import _study_result  # noqa: E402
+import _study_tables  # noqa: E402
+import _study_text  # noqa: E402
 import findings  # noqa: E402
 import small_model  # noqa: E402
 import study  # noqa: E402
@@ -134,7 +137,7 @@ def trial(label: str, rate: float, seed: int, rows: list[list[float | None]], **
 
 
 @pytest.fixture
-def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> findings.Result:
+def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _study_result.Result:
     """LoRA at two rates, at the higher of which a seed collapses; a method that moves less; one that fails."""
     monkeypatch.setattr(findings, "RESULTS", tmp_path)
     start = [0.5, 0.0]
@@ -150,7 +153,7 @@ def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> findings.Result:
     values = {"evaluated": list(study.EVALUATED), "trials": trials, "seconds": 60.0}
     values["ran"] = {"cpu": "some processor", "last": "2026-01-01"}
     (tmp_path / "some.json").write_text(json.dumps(values))
-    return findings.Result("some")
+    return _study_result.Result(tmp_path / "some.json")
 
 
 def rows_of(table: list[str]) -> dict[str, list[str]]:
@@ -158,27 +161,27 @@ def rows_of(table: list[str]) -> dict[str, list[str]]:
     return {name: rest for name, *rest in (cells[0], *cells[2:])}
 
 
-def test_collapses_and_failures_are_counted(result: findings.Result) -> None:
-    rows = rows_of(findings.equal_rate(result, []))
+def test_collapses_and_failures_are_counted(result: _study_result.Result) -> None:
+    rows = rows_of(_study_tables.equal_rate(result, []))
     assert rows["method"] == ["1e−3", "1e−2"]
     assert rows["lora"][0].startswith("70.0 ±") and rows["lora"][1].endswith("(1 of 3 collapsed)")
     assert rows["slow"][1] == "–" and rows["bad"][0] == "2 of 3 failed, 2 collapsed"
     assert rows["nan"][0].endswith("(3 of 3 collapsed)")
 
 
-def test_each_seed_s_rate_is_chosen_by_the_others(result: findings.Result) -> None:
+def test_each_seed_s_rate_is_chosen_by_the_others(result: _study_result.Result) -> None:
     """At KL 0.16 the high rate has 0.9 for seed 0 by luck: the others choose it, seed 0 does not."""
-    found = findings._at_best(result, "lora", "kl", 0.16)
+    found = _study_tables._at_best(result, "lora", "kl", 0.16)
     high = 0.5 - 0.06 * (0.4 / 0.6)  # seed 1: four tenths of six in the root of the KL
     assert {seed: trial["learning_rate"] for seed, (trial, _) in found.items()} == {0: 1e-3, 1: 1e-2, 2: 1e-2}
     assert [value for _, value in found.values()] == pytest.approx([0.6, high, 0.5])
-    rows = rows_of(findings.equal_level(result, ["kl", "lora", "0.01", "0.09"]))
+    rows = rows_of(_study_tables.equal_level(result, ["kl", "lora", "0.01", "0.09"]))
     assert rows["slow"][1] == "not reached" == rows["bad"][0]
     assert rows["slow"][0].startswith("50.9 ± ") and rows["lora"][0].count(";") == 1  # no difference to itself
     assert rows["nan"][1].startswith("57.5 ± 0.0; ")  # three quarters of the way from 0.5 to 0.6
 
 
-def test_equal_kl_is_read_along_the_path_and_not_by_the_step(result: findings.Result) -> None:
+def test_equal_kl_is_read_along_the_path_and_not_by_the_step(result: _study_result.Result) -> None:
     """Accuracy grows with the norm, KL with its square: sparse and dense evaluations then read the same."""
     sparse = trial("x", 1.0, 0, [[0.5, 0.0], [0.8, 0.36]])
     dense = trial("x", 1.0, 0, [[0.5 + d / 2, d * d] for d in (0.0, 0.1, 0.2, 0.3, 0.4)])
@@ -188,7 +191,7 @@ def test_equal_kl_is_read_along_the_path_and_not_by_the_step(result: findings.Re
 
 
 @pytest.fixture
-def fast(result: findings.Result) -> findings.Result:
+def fast(result: _study_result.Result) -> _study_result.Result:
     """The result with another method: 60 % at KL 0.16 and 70 % at 0.36, 0.01 and 0.03 nats forgotten."""
     ends = {1e-3: [0.6, 0.16], 1e-2: [0.7, 0.36]}
     result.trials["fast"] = {
@@ -200,7 +203,7 @@ def fast(result: findings.Result) -> findings.Result:
     return result
 
 
-def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(fast: findings.Result) -> None:
+def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(fast: _study_result.Result) -> None:
     """In the root of the KL 0.25 lies half-way from 0.16 to 0.36, whatever the paths were."""
     by_rate = fast.trials["fast"]
     assert fast.at_end(by_rate, "kl", 0.25) == pytest.approx({seed: 0.65 for seed in range(3)})
@@ -211,31 +214,31 @@ def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(fast
     assert fast.at_end(by_rate, "kl", 0.25) == pytest.approx({seed: 0.65 for seed in range(3)})
     by_rate[1e-2][1]["curve"][-1][2] = None
     assert fast.at_end(by_rate, "kl", 0.25) == {}  # a rate at which a seed ended in NaN is no place
-    rows = rows_of(findings.equal_end(fast, ["kl", "lora", "0.25"]))
+    rows = rows_of(_study_tables.equal_end(fast, ["kl", "lora", "0.25"]))
     assert rows["lora"] == ["70.0 ± 0.0"] and rows["fast"] == rows["bad"] == rows["nan"] == ["not reached"]
 
 
-def test_the_headline_names_methods_and_the_rates_at_which_a_seed_collapsed(fast: findings.Result) -> None:
-    rows = rows_of(findings.headline(fast, ["0.25", "lora", "lora", "fast", "bad"]))
+def test_the_headline_names_methods_and_the_rates_at_which_a_seed_collapsed(fast: _study_result.Result) -> None:
+    rows = rows_of(_study_tables.headline(fast, ["0.25", "lora", "lora", "fast", "bad"]))
     assert list(rows) == ["method", "lora", "fast", "bad"]
     assert rows["lora"] == ["70.0 ± 0.0", "–", "0.250 ± 0.000", "61.3 ± 62.1", "1e−2"]  # the last at 1e-2
     assert rows["fast"][:3] == ["65.0 ± 0.0", "−5.0 ± 0.0", "0.260 ± 0.000"] and rows["fast"][-1] == "none"
     assert rows["bad"][0] == "not reached" and rows["bad"][-1] == "1e−3"
     with pytest.raises(SystemExit, match=r"no method slo in this result; there are lora, slow, bad, nan, fast"):
-        findings.headline(fast, ["0.25", "lora", "slo"])
+        _study_tables.headline(fast, ["0.25", "lora", "slo"])
 
 
-def test_forgetting_is_the_loss_on_other_text_that_was_gained(fast: findings.Result) -> None:
-    rows = rows_of(findings.forgetting(fast, ["lora", "0.25"]))
+def test_forgetting_is_the_loss_on_other_text_that_was_gained(fast: _study_result.Result) -> None:
+    rows = rows_of(_study_tables.forgetting(fast, ["lora", "0.25"]))
     assert rows["lora"] == ["0.000 ± 0.000"] and rows["bad"] == ["not reached"]
     assert rows["fast"] == ["20.000 ± 0.000; +20.000 ± 0.000"]
 
 
-def test_a_pair_is_compared_seed_by_seed(result: findings.Result) -> None:
+def test_a_pair_is_compared_seed_by_seed(result: _study_result.Result) -> None:
     for name, gain in (("a, k = n/8", 0.02), ("b, k = n/8", 0.0)):
         ends = [[0.6 + gain + seed / 10, 0.1 + gain] for seed in range(3)]
         result.trials[name] = {1e-3: [trial(name, 1e-3, seed, [[0.5, 0.0], end]) for seed, end in enumerate(ends)]}
-    rows = findings.versus(result, ["a", "b"])
+    rows = _study_tables.versus(result, ["a", "b"])
     assert rows[2] == "| k = n/8 | 1e−3 | +2.0 ± 0.0 | +0.020 ± 0.000 |"
     assert rows[3] == "| all, a mean for each seed |  | +2.0 ± 0.0 |  |" and len(rows) == 4
 
@@ -251,12 +254,12 @@ def test_a_pair_is_compared_seed_by_seed(result: findings.Result) -> None:
     ],
 )
 def test_a_figure_has_the_digits_that_its_interval_allows(value: float, half: float, text: str) -> None:
-    found = findings.Interval(value, value - half, value + half, 0.95, 5)
-    assert findings.signed(found).removeprefix("+" if value else "") == text
+    found = _study_text.Interval(value, value - half, value + half, 0.95, 5)
+    assert _study_text.signed(found).removeprefix("+" if value else "") == text
 
 
-def test_the_best_rate_is_validation_s_over_the_other_seeds(result: findings.Result) -> None:
-    rows = rows_of(findings.best_rate(result, []))
+def test_the_best_rate_is_validation_s_over_the_other_seeds(result: _study_result.Result) -> None:
+    rows = rows_of(_study_tables.best_rate(result, []))
     assert rows["lora"][0] == "1e−3" and rows["lora"][1] == "70.0 ± 0.0" and rows["lora"][-1] == "1e−2"
     assert rows["bad"][:5] == ["–"] * 5 and rows["bad"][-1] == "1e−3"
     assert rows["nan"][2] == "–"  # no KL
@@ -266,19 +269,19 @@ def test_the_best_rate_is_validation_s_over_the_other_seeds(result: findings.Res
     ("rate", "text"), [(1e-4, "1e−4"), (1.5e-4, "1.5e−4"), (2.5e-5, "2.5e−5"), (1.0, "1"), (3e-2, "3e−2")]
 )
 def test_rates_are_told_apart(rate: float, text: str) -> None:
-    assert findings.rate_text(rate) == text
+    assert _study_text.rate_text(rate) == text
 
 
-def test_methods_are_told_apart_by_what_differs(result: findings.Result) -> None:
+def test_methods_are_told_apart_by_what_differs(result: _study_result.Result) -> None:
     assert list(result.trials) == ["lora", "slow", "bad", "nan"]
     one = trial("safe", 1.0, 0, [[0.5, 0.0]], method_options={"principal_rank": 0.125}, algorithm="sft")
-    assert findings.method_name(one, []) == "safe, k = n/8"
-    assert findings.method_name(one, ["algorithm", "task"]) == "safe, k = n/8, sft, sums"
-    assert findings.method_name({**one, "label": "off-both-1/8"}, []) == "off-both-1/8"
+    assert _study_result.method_name(one, []) == "safe, k = n/8"
+    assert _study_result.method_name(one, ["algorithm", "task"]) == "safe, k = n/8, sft, sums"
+    assert _study_result.method_name({**one, "label": "off-both-1/8"}, []) == "off-both-1/8"
 
 
 def test_a_table_stands_between_its_marks(
-    result: findings.Result, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    result: _study_result.Result, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(findings, "SPECS", tmp_path)
     (tmp_path / "none.yaml").write_text("")

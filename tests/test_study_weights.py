@@ -16,7 +16,7 @@ from tiny_trials import save_tiny_task, tiny_trial
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import findings  # noqa: E402
+import _study_weight_tables  # noqa: E402
 import study  # noqa: E402
 import study_weights  # noqa: E402
 
@@ -167,7 +167,7 @@ def test_a_spec_with_audits_keeps_weights_and_collects_what_they_say(model: Path
     configs = study.trials_of(spec)
     assert [row["id"] for row in found["pairs"]] == [c.trial_id for c in configs if c.method == "full"]
     for row, trial in zip(found["pairs"], found["trials"], strict=False):
-        assert set(findings.PAIRS) <= row.keys() and 0 < row["sparsity"] < 1
+        assert set(_study_weight_tables.PAIRS) <= row.keys() and 0 < row["sparsity"] < 1
         assert row["relative_norm"] == pytest.approx(
             trial["geometry"]["relative_norm"], rel=0.01
         )  # which counts the head
