@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import subprocess
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -99,17 +100,32 @@ def run(spec: Path, root: Path, workers: int) -> None:
     jobs = [(config.to_dict(), str(folder), audits is not None) for config in pending]
     os.environ.update(trial_environment(max(1, pending[0].threads)))  # spawned processes start with it
     begun, done = time.perf_counter(), 0
-    spawn = multiprocessing.get_context("spawn")
     # A pool for each share of the jobs: one that replaces its processes itself (max_tasks_per_child) can hang once all
     # of them have ended (python/cpython issue 115634; seen with 3.11.7).
     for start in range(0, len(jobs), PER_PROCESS * workers):
-        with ProcessPoolExecutor(workers, spawn) as pool:
+        with processes(workers) as pool:
             running = [pool.submit(one, job) for job in jobs[start : start + PER_PROCESS * workers]]
             for future in as_completed(running):  # raises where a process was killed
                 name, status, seconds = future.result()
                 done += 1
                 left = (time.perf_counter() - begun) / done * (len(jobs) - done)
                 print(f"{done}/{len(jobs)} {name}: {status}, {seconds:.0f} s; {left / 60:.0f} min left", flush=True)
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes that end with this one, also where it is killed; they would go on with what is queued."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _same_models(note: Path, models: list[str]) -> None:

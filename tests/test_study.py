@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +127,36 @@ def test_a_trial_is_the_same_in_a_process_of_its_own_and_finished_ones_are_kept(
     assert all(
         len(trial["curve"]) == 2 and len(trial["curve"][0]) == len(found["evaluated"]) for trial in found["trials"]
     )
+
+
+KILLED = """
+import os, sys, time
+sys.path.append({benchmarks!r})
+import study
+
+if __name__ == "__main__":
+    pool = study.processes(1)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_processes_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(KILLED.format(benchmarks=str(ROOT / "benchmarks")))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        worker = run.stdout.readline().strip()
+        assert worker.isdigit()
+        run.kill()
+    for _ in range(600):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", worker], capture_output=True, text=True).stdout.strip()
+        if not state or state.startswith("Z"):
+            return
+        time.sleep(0.1)
+    os.kill(int(worker), signal.SIGKILL)
+    pytest.fail("the process goes on after the run was killed")
 
 
 # ---- figures
