@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from _common import median
 from _study_result import Result, Trial, chosen_methods
 from _study_text import interval, markdown, number, percent, points, rate_text, rates_text, signed
 
-from offprincipal_peft.rlvr.statistics import mean_interval
+from offprincipal_peft.rlvr.statistics import Interval, mean_interval
 
 
 def equal_rate(result: Result, words: list[str]) -> list[str]:
@@ -80,14 +82,7 @@ def equal_end(result: Result, words: list[str]) -> list[str]:
     read = {
         name: [result.at_end(by_rate, by, float(level)) for level in levels] for name, by_rate in result.trials.items()
     }
-    for name, cells in read.items():
-        texts = []
-        for found, other in zip(cells, read[reference], strict=True):
-            shared = [found[seed] - other[seed] for seed in found if seed in other]
-            difference = f"; {points(mean_interval(shared))}" if shared and name != reference else ""
-            texts.append(f"{percent(mean_interval(list(found.values())))}{difference}" if found else "not reached")
-        rows.append([name, *texts])
-    return markdown(rows)
+    return markdown(rows + _beside(read, reference, percent, points))
 
 
 def forgetting(result: Result, words: list[str]) -> list[str]:
@@ -99,14 +94,25 @@ def forgetting(result: Result, words: list[str]) -> list[str]:
         base = result.curve(next(iter(by_rate.values()))[0], "forgetting")[0]
         cells = [result.at_end(by_rate, "kl", float(level), "forgetting") for level in levels]
         read[name] = [{seed: 1000 * (value - base) for seed, value in cell.items()} for cell in cells]
+    return markdown(rows + _beside(read, reference, number, signed))
+
+
+def _beside(
+    read: dict[str, list[dict[int, float]]],
+    reference: str,
+    written: Callable[[Interval], str],
+    difference: Callable[[Interval], str],
+) -> list[list[str]]:
+    """A row a method: in each cell the seeds' mean, and its difference by seed to the reference's."""
+    rows = []
     for name, cells in read.items():
         texts = []
         for found, other in zip(cells, read[reference], strict=True):
             shared = [found[seed] - other[seed] for seed in found if seed in other]
-            difference = f"; {signed(mean_interval(shared))}" if shared and name != reference else ""
-            texts.append(f"{number(mean_interval(list(found.values())))}{difference}" if found else "not reached")
+            text = written(mean_interval(list(found.values()))) if found else "not reached"
+            texts.append(text + (f"; {difference(mean_interval(shared))}" if shared and name != reference else ""))
         rows.append([name, *texts])
-    return markdown(rows)
+    return rows
 
 
 def headline(result: Result, words: list[str]) -> list[str]:
