@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import Trainer
 
 from helpers import assert_same_base, base_bytes
@@ -51,8 +52,10 @@ def test_the_engine_samples_from_the_policy(case: Case, checkpointing: bool, pat
     trainer = run("grpo", case, tmp_path, gradient_checkpointing=checkpointing)
     assert len(engine.syncs) == STEPS
     assert logged(trainer, "kl")[0] == 0.0
-    # The merged model's log-probabilities and the adapter's own.
-    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-5  # observed: 9.5e-7 at most
+    # The merged model's log-probabilities and the adapter's own. In bf16 a token alone and one of a batch may round
+    # apart, as the processor's kernels have it; weights one step old are 0.11 away or more.
+    tolerance = 1e-2 if case.dtype == torch.bfloat16 else 1e-5  # observed: 3.6e-3 at most, 9.5e-7 at most
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < tolerance
     model = trainer.model
     trainer.vllm_generation.sync_weights()
     assert_same_state(engine.last(), merged_parameters(model))
