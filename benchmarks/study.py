@@ -42,7 +42,7 @@ PER_PROCESS = 60  # trials of a process, until there are fresh ones
 EVALUATED = ("step", "accuracy", "kl", "entropy", "update_norm", "forgetting")  # of each evaluation
 CONFIG = (
     *("label", "method", "method_options", "algorithm", "learning_rate", "rank", "alpha", "seed"),
-    *("task", "beta", "model", "dtype", "steps"),
+    *("task", "beta", "model", "dtype", "steps", "optimizer", "optimizer_options"),
 )
 
 

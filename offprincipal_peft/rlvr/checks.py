@@ -11,6 +11,7 @@ from .config import TrialConfig
 from .evaluation import check_text, other_text
 from .methods import build_config
 from .models import check_quantization, choose_device, load_tokenizer
+from .optimizers import check_optimizer
 from .tasks import TaskError, load_task
 
 
@@ -25,7 +26,7 @@ def check_trials() -> Callable[[TrialConfig], None]:
     def check(config: TrialConfig) -> None:
         if once("packages"):
             check_packages()
-        build_config(config)
+        check_optimizer(config, build_config(config))
         check_quantization(config.quantization)
         sizes = {split: getattr(config, f"{split}_items") for split in ("train", "validation", "test")}
         if once("task", config.task, sizes, config.task_options):

@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")  # which one of several: CUDA_VISIBLE_DEVICES
 QUANTIZATIONS = ("none", "nf4", "nf4-double", "int8")
 # Fields that records had not from the beginning, with the value that stands for the records without them.
-LATER = {"quantization": "none", "other_text": ""}
+LATER: dict[str, Any] = {"quantization": "none", "other_text": "", "optimizer_options": {}}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class TrialConfig:
         rank, alpha, dropout, target_modules: of every low-rank method alike.
         prompts_per_step: different prompts in a step; each is sampled ``group_size`` times.
         beta: weight of the KL penalty of GRPO and RLOO.
+        optimizer: a name of transformers' ``OptimizerNames``, or for methods that train both LoRA factors PEFT's
+            "peft-riemannian" (AdamW, each gradient preconditioned by the other factor) or "peft-loraplus" (AdamW with
+            a higher rate for B).
+        optimizer_options: of PEFT's two: ``reg`` and ``loraplus_lr_ratio``.
         evaluate_every: steps between evaluations on the test items; 0 evaluates at the start and the end only.
         other_text: a text file, of which the loss says what was forgotten; a page of plain English where it is empty.
         geometry: whether the geometry of the update is measured.
@@ -69,6 +73,7 @@ class TrialConfig:
     temperature: float = 1.0
     beta: float = 0.0
     optimizer: str = "adamw_torch"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.0
     warmup_steps: int = 0
     scheduler: str = "constant"
@@ -102,7 +107,7 @@ class TrialConfig:
             raise ValueError(f"other_text={self.other_text!r}: it is text, the path of a file, or empty")
         if not isinstance(self.geometry, bool):
             raise ValueError(f"geometry={self.geometry!r}: it is true or false")
-        for name in ("method_options", "task_options", "trainer_options"):
+        for name in ("method_options", "task_options", "trainer_options", "optimizer_options"):
             options = getattr(self, name)
             if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
                 raise ValueError(f"{name}={options!r}: it maps names to values")

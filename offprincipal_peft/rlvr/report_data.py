@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from .config import LATER
 from .slopes import run_slope
 from .statistics import (
     Difference,
@@ -274,7 +275,7 @@ def config_fields(records: Sequence[Record]) -> tuple[dict[str, Any], dict[str, 
     for name in sorted({key for record in records for key in record["config"]} - _NOT_SHARED):
         values: list[Any] = []
         for record in records:
-            value = record["config"].get(name)
+            value = record["config"].get(name, LATER.get(name))
             if value not in values:
                 values.append(value)
         if len(values) == 1:

@@ -235,10 +235,11 @@ def method_names(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     names = {}
     for (label, *_), members in groups.items():
         fields = sorted({name for member in members for name in member["config"]} - _NOT_A_METHOD)
-        seen = {field: {repr(member["config"].get(field)) for member in members} for field in fields}
+        value = {m["id"]: {field: m["config"].get(field, LATER.get(field)) for field in fields} for m in members}
+        seen = {field: {repr(value[member["id"]][field]) for member in members} for field in fields}
         differ = [field for field in fields if len(seen[field]) > 1]
         for member in members:
-            extra = ", ".join(f"{field}={member['config'].get(field)}" for field in differ)
+            extra = ", ".join(f"{field}={value[member['id']][field]}" for field in differ)
             names[member["id"]] = f"{label} ({extra})" if extra else label
     return names
 

@@ -36,7 +36,7 @@ __all__ = ["Resources", "SpecError", "SweepSpec"]
 
 MOST_TRIALS = 10_000  # a slip in a grid, not a sweep
 FIELDS = tuple(f.name for f in dataclasses.fields(TrialConfig))
-MAPPINGS = ("method_options", "task_options", "trainer_options")
+MAPPINGS = ("method_options", "task_options", "trainer_options", "optimizer_options")
 _SHORT = {"options": "method_options"}
 # Fields with a place of their own in a spec.
 _ELSEWHERE = {

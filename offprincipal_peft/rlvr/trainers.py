@@ -11,10 +11,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..kernels import MaskedAdamW
-from ..tuners import PrincipalSparseConfig
 from ..tuners.offprincipal_lora.layer import OffPrincipalLinear
 from .config import TrialConfig
 from .evaluation import end_tokens
+from .optimizers import DEFAULT, PEFTS, build_optimizer, check_optimizer, needs_masked_adamw
 from .rewards import as_trl
 from .tasks import Task
 
@@ -33,8 +33,9 @@ def build_trainer(
     """The GRPO, RLOO or SFT trainer of ``config``; nothing has been trained yet.
 
     Raises:
-        ValueError: ``trainer_options`` that the trainer's arguments do not have.
+        ValueError: ``trainer_options`` that the trainer's arguments do not have; an optimiser that does not fit.
     """
+    check_optimizer(config, peft_config)
     torch.manual_seed(config.seed)  # the adapter's random start
     model.generation_config.eos_token_id = end_tokens(model, tokenizer, task.stop)  # type: ignore[union-attr]
     build = _supervised if config.algorithm == "sft" else _reinforced
@@ -51,6 +52,8 @@ def build_trainer(
     trainer = build(config, model, task, folder, options)
     if config.quantization != "none":
         _widen_trained(trainer.model)
+    if (factors := build_optimizer(config, trainer.model)) is not None:
+        trainer.optimizer = factors  # the Trainer makes its own where there is none
     return trainer
 
 
@@ -68,11 +71,6 @@ def _widen_trained(model: nn.Module) -> None:
         for factors, starts in ((layer.lora_A, layer.lora_start_A), (layer.lora_B, layer.lora_start_B)):
             for name, start in starts.items():
                 factors[name].weight.data.copy_(start.weight)
-
-
-def needs_masked_adamw(peft_config: Any) -> bool:
-    """Whether only :class:`MaskedAdamW` can train what ``peft_config`` makes."""
-    return isinstance(peft_config, PrincipalSparseConfig) and peft_config.precision != "fp32"
 
 
 def _reinforced(config: TrialConfig, model: Any, task: Task, folder: str, options: dict[str, Any]) -> Any:
@@ -131,7 +129,7 @@ def _arguments(config: TrialConfig, folder: str) -> dict[str, Any]:
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "optim": config.optimizer,
+        "optim": DEFAULT if config.optimizer in PEFTS else config.optimizer,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

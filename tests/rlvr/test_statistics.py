@@ -11,6 +11,8 @@ from rlvr.records_sample import failed_record, record, sweep
 stats = pytest.importorskip("scipy.stats")
 
 from offprincipal_peft.rlvr import slopes  # noqa: E402
+from offprincipal_peft.rlvr.config import LATER  # noqa: E402
+from offprincipal_peft.rlvr.report_data import config_fields  # noqa: E402
 from offprincipal_peft.rlvr.slopes import slope  # noqa: E402
 from offprincipal_peft.rlvr.statistics import (  # noqa: E402
     Difference,
@@ -388,3 +390,20 @@ def test_labels_that_ran_in_several_settings_are_several_methods() -> None:
     assert len(select_learning_rates(records).rates) == 3
     split = method_names([record("lora"), record("lora", algorithm="sft")])
     assert set(split.values()) == {"lora"}
+    loraplus = {"optimizer": "peft-loraplus", "optimizer_options": {"loraplus_lr_ratio": 4}}
+    names = method_names([record("lora"), record("lora", seed=1, **loraplus)])
+    assert set(names.values()) == {
+        "lora (optimizer=adamw_torch, optimizer_options={})",
+        "lora (optimizer=peft-loraplus, optimizer_options={'loraplus_lr_ratio': 4})",
+    }
+
+
+def test_a_record_from_before_a_field_is_of_the_same_method() -> None:
+    old, new = record("lora"), record("lora", seed=1)
+    for name in LATER:
+        old["config"].pop(name)
+    assert set(method_names([old, new]).values()) == {"lora"}
+    for name in LATER:
+        assert name in new["config"]
+        if name != "quantization":  # told by the model's name
+            assert config_fields([old, new])[0][name] == LATER[name]

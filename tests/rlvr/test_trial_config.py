@@ -39,6 +39,7 @@ OTHER = {
     "temperature": 0.7,
     "beta": 0.1,
     "optimizer": "sgd",
+    "optimizer_options": {"reg": 0.1},
     "weight_decay": 0.1,
     "warmup_steps": 2,
     "scheduler": "linear",
@@ -60,7 +61,7 @@ NOT_NEGATIVE = ("evaluate_every", "seed", "threads", "warmup_steps")
 POSITIVE = ("learning_rate", "temperature", "max_grad_norm", "k")
 FROM_ZERO = ("beta", "weight_decay", "dropout")
 TEXTS = ("method", "label", "model", "device", "task", "optimizer", "scheduler")
-OPTIONS = ("method_options", "task_options", "trainer_options")
+OPTIONS = ("method_options", "task_options", "trainer_options", "optimizer_options")
 BAD = [
     *((name, value) for name in (*COUNTS, *ITEMS) for value in (0, -1, 1.0, True, "3", None)),
     *((name, value) for name in NOT_NEGATIVE for value in (-1, 1.0, False, "3", None)),
