@@ -55,6 +55,8 @@ def number(found: Interval | None) -> str:
     value, half = found.value / 10**power, half / 10**power
     exact = half <= 1e-9 * abs(value)  # equal in every seed, up to rounding
     digits = 3 if exact else 1 - math.floor(math.log10(half))  # two digits of the half-width
+    if value:
+        digits = min(digits, 5 - math.floor(math.log10(abs(value))))  # and no more than six of the mean
     text = f"{value:.{max(0, digits)}f} ± {half:.{max(0, digits)}f}".replace("-", "−")
     return f"({text})e−{-power}" if power else text
 
