@@ -116,29 +116,38 @@ def _beside(
 
 
 def headline(result: Result, words: list[str]) -> list[str]:
-    """Chosen methods at one level of KL at the end, beside the rates at which a seed collapsed."""
+    """Chosen methods at one level of KL at the end, beside the seeds that collapsed at each rate."""
     level, reference, *names = words
-    rates = ", ".join(rate_text(rate) for rate in result.rates)
     head = [
         "method",
         f"accuracy at KL {level}, %",
         f"to {reference}",
+        "forgetting there, 10⁻³ nats",
         "norm of the update there",
-        "at the highest rate, %",
+        "accuracy at the highest rate, %",
     ]
-    rows = [[*head, f"rates with a collapse, of {rates}"]]
+    rows = [[*head, "seeds that collapsed"]]
     other = result.at_end(result.trials[reference], "kl", float(level))
     for name, by_rate in chosen_methods(result, names):
         found = result.at_end(by_rate, "kl", float(level))
         norms = result.at_end(by_rate, "kl", float(level), "update_norm")
-        cells = ["not reached", "–", "–"]
+        base = result.curve(next(iter(by_rate.values()))[0], "forgetting")[0]
+        forgot = result.at_end(by_rate, "kl", float(level), "forgetting")
+        cells = ["not reached", "–", "–", "–"]
         if found:
             shared = [found[seed] - other[seed] for seed in found if seed in other]
-            difference = points(mean_interval(shared)) if shared and name != reference else "–"
-            cells = [percent(interval(list(found.values()))), difference, number(interval(list(norms.values())))]
-        ends = [result.last(trial, "accuracy") for trial in by_rate[max(by_rate)]]
-        bad = [rate for rate, trials in sorted(by_rate.items()) if any(map(result.collapsed, trials))]
-        rows.append([name, *cells, percent(interval(ends)), ", ".join(map(rate_text, bad)) or "none"])
+            cells = [
+                percent(interval(list(found.values()))),
+                points(mean_interval(shared)) if shared and name != reference else "–",
+                number(interval([1000 * (value - base) for value in forgot.values()])),
+                number(interval(list(norms.values()))),
+            ]
+        highest = max(by_rate)
+        ends = [result.last(trial, "accuracy") for trial in by_rate[highest]]
+        cells.append(f"{percent(interval(ends))} at {rate_text(highest)}")
+        counts = [(rate, sum(map(result.collapsed, trials)), len(trials)) for rate, trials in sorted(by_rate.items())]
+        bad = [f"{bad} of {size} at {rate_text(rate)}" for rate, bad, size in counts if bad]
+        rows.append([name, *cells, ", ".join(bad) or "none"])
     return markdown(rows)
 
 

@@ -27,6 +27,7 @@ import small_model  # noqa: E402
 import study  # noqa: E402
 
 from offprincipal_peft.rlvr.records import read_record  # noqa: E402
+from offprincipal_peft.rlvr.statistics import Interval  # noqa: E402
 from offprincipal_peft.rlvr.tasks import load_task  # noqa: E402
 
 
@@ -255,11 +256,22 @@ def test_equal_kl_at_the_end_is_read_between_the_ends_of_neighbouring_rates(fast
 def test_the_headline_names_methods_and_the_rates_at_which_a_seed_collapsed(fast: _study_result.Result) -> None:
     rows = rows_of(_study_tables.headline(fast, ["0.25", "lora", "lora", "fast", "bad"]))
     assert list(rows) == ["method", "lora", "fast", "bad"]
-    assert rows["lora"] == ["70.0 ± 0.0", "–", "0.250 ± 0.000", "61.3 ± 62.1", "1e−2"]  # the last at 1e-2
-    assert rows["fast"][:3] == ["65.0 ± 0.0", "−5.0 ± 0.0", "0.260 ± 0.000"] and rows["fast"][-1] == "none"
-    assert rows["bad"][0] == "not reached" and rows["bad"][-1] == "1e−3"
+    lora = ["70.0 ± 0.0", "–", "0.000 ± 0.000", "0.250 ± 0.000", "61.3 ± 62.1 at 1e−2", "1 of 3 at 1e−2"]
+    assert rows["lora"] == lora
+    assert rows["fast"][:4] == ["65.0 ± 0.0", "−5.0 ± 0.0", "20.000 ± 0.000", "0.260 ± 0.000"]
+    assert rows["fast"][-1] == "none"
+    assert rows["bad"][0] == "not reached" and rows["bad"][-1] == "2 of 3 at 1e−3"
     with pytest.raises(SystemExit, match=r"no method slo in this result; there are lora, slow, bad, nan, fast"):
         _study_tables.headline(fast, ["0.25", "lora", "slo"])
+
+
+def test_a_number_has_two_digits_of_its_interval_and_no_more_than_six_of_its_mean() -> None:
+    def written(value: float, half: float) -> str:
+        return _study_text.number(Interval(value, value - half, value + half, 0.95, 5))
+
+    assert written(0.97824, 0.00078) == "0.97824 ± 0.00078"
+    assert written(1.7067743, 2.6e-8) == "1.70677 ± 0.00000"
+    assert written(12.35, 5.8) == "12.3 ± 5.8" and written(1.82e-4, 2.3e-5) == "(1.82 ± 0.23)e−4"
 
 
 def test_forgetting_is_the_loss_on_other_text_that_was_gained(fast: _study_result.Result) -> None:
