@@ -70,7 +70,8 @@ class TestKlLeash:
         """A policy that can express the target becomes it."""
         policy, rewards = _log_policy((4, 6), 0), _normal((4, 6), 1)
         found = kl_leash(policy, tilted_policy(policy, rewards, 0.5), rewards, 0.5)
-        assert found.slack == 0.0 and found.tightness == 1.0 and found.left > 0.1
+        assert abs(found.slack) < 1e-15 < found.tolerance and found.left > 0.1  # seen 1.1e-16, 0 on other processors
+        assert found.tightness == pytest.approx(1.0, abs=1e-15)
 
     @pytest.mark.parametrize("beta", [0.2, 1.0, 5.0])
     def test_a_log_linear_policy_obeys_at_any_size(self, beta: float) -> None:

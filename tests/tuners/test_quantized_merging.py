@@ -66,9 +66,10 @@ def test_a_merge_is_the_dequantised_weight_plus_the_update_rounded_once(kind, dt
         layer = merged.get_submodule(name)
         assert type(layer) is DequantizedLinear and layer.weight.dtype == dtype
         assert not layer.weight.requires_grad
-        want = (by_bitsandbytes(bare.get_submodule(name)).float() + delta).to(dtype)
-        # seen 4.2e-7: sums close to the middle of two numbers
-        assert relative_error(layer.weight, want) < 1e-5, name
+        exact = by_bitsandbytes(bare.get_submodule(name)).float() + delta
+        off, nearest = ((weight.float() - exact).abs() for weight in (layer.weight, exact.to(dtype)))
+        # no further off than the nearest number, but for sums in the middle of two: seen 1.5e-7 of the largest
+        assert (off - nearest).max() < 1e-6 * exact.abs().max(), name
 
 
 @pytest.mark.parametrize("adapter", ["pissa", "offprincipal", "element", "row"])
