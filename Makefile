@@ -4,7 +4,7 @@
 # make check  lint and types only
 # make format rewrite the files as the linter wants them
 # make tables render the README's and the docs' figures from benchmarks/results
-# make study-small  pretrain the study's small model and run its grids again (three hours on two cores)
+# make study-small  pretrain the study's small model and run its grids again (four hours on two cores)
 # make study-smollm2  the study's headline comparisons on SmolLM2-135M (forty minutes on two cores)
 # make env    build the environment only
 # make clean  remove the environments and every cache
@@ -53,6 +53,7 @@ demo: $(STAMP)
 study-small: $(STAMP)
 	@$(OFFLINE) $(BIN)/python benchmarks/small_model.py $(STUDY)/model
 	@$(OFFLINE) $(BIN)/python benchmarks/study_weights.py turn $(STUDY)/model $(STUDY)/turned
+	@$(OFFLINE) $(BIN)/python benchmarks/study_inputs.py $(STUDY)/model benchmarks/results/study_inputs.json
 	@$(OFFLINE) $(BIN)/python benchmarks/study.py run $(STUDY_SPECS) $(STUDY)
 	@$(OFFLINE) $(BIN)/python benchmarks/study.py collect $(STUDY_SPECS) $(STUDY)
 	@$(MAKE) tables

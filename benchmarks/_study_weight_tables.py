@@ -56,6 +56,16 @@ def audited(report: AuditReport) -> list[str]:
     return markdown(rows)
 
 
+def inputs(values: dict[str, Any]) -> list[str]:
+    """What ``study_inputs.py`` found: by start the energy of each kind of inputs, and the last over the first."""
+    kinds = list(next(iter(values["energies"].values())))
+    rows = [["rows of A", *(f"energy of inputs: {kind}" for kind in kinds), f"{kinds[-1]} / {kinds[0]}"]]
+    for start, found in values["energies"].items():
+        cells = [found[kind] for kind in kinds] + [found[kinds[-1]] / found[kinds[0]]]
+        rows.append([start, *(f"{cell:.2f}" for cell in cells)])
+    return markdown(rows)
+
+
 def consensus(result: Result, words: list[str]) -> list[str]:
     """Jaccard of the trials' changed entries by kind of matrix: same task and others, and what predicts it."""
     found = result.values["consensus"]

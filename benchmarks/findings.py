@@ -23,6 +23,7 @@ A table stands between ``<!-- table NAME KIND ... -->`` and ``<!-- end -->``; NA
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import sys
@@ -55,16 +56,18 @@ TABLES: dict[str, Callable[[Result, list[str]], list[str]]] = {
     "geometry": tables.geometry,
 }
 
+# Tables of files that no spec has made.
+ELSEWHERE: dict[str, Callable[[Path], list[str]]] = {
+    "audited": lambda path: weight_tables.audited(read_json_report(path)),
+    "inputs": lambda path: weight_tables.inputs(json.loads(path.read_text(encoding="utf-8"))),
+}
+
 
 def rendered(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         name, kind, *words = shlex.split(match["words"])
-        if kind == "audited":
-            lines = [
-                *weight_tables.audited(read_json_report(RESULTS.parent / f"{name}.json")),
-                "",
-                f"`benchmarks/results/{name}.json`.",
-            ]
+        if kind in ELSEWHERE:
+            lines = [*ELSEWHERE[kind](RESULTS.parent / f"{name}.json"), "", f"`benchmarks/results/{name}.json`."]
             return f"<!-- table {match['words']} -->\n" + "\n".join(lines) + "\n<!-- end -->"
         if not (RESULTS / f"{name}.json").is_file():
             if not (SPECS / f"{name}.yaml").is_file() or match["body"]:

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import _study_weight_tables  # noqa: E402
 import study  # noqa: E402
+import study_inputs  # noqa: E402
 import study_weights  # noqa: E402
 
 from offprincipal_peft.geometry import find_layouts, jaccard  # noqa: E402
@@ -193,3 +194,50 @@ def test_a_trial_without_a_folder_saves_nothing_and_a_full_folder_says_so(model:
     record = run_trial(config, weights=tmp_path / "file")
     assert record["status"] == "failed" and record["error"]["stage"] == "save"
     assert record["result"]["test_accuracy"] is not None  # what was measured before is kept
+
+
+# ---- what reaches the directions of a start
+
+
+def test_energies_along_rows_are_those_of_the_inputs_themselves(model: Path) -> None:
+    """Against every token's input, one after the other; a second batch of pieces counts by its tokens."""
+    found = AutoModelForCausalLM.from_pretrained(model).eval()
+    pieces = [[3, 5, 7, 9], [4, 6]]
+    moments = study_inputs.second_moments(found, pieces)
+    name = next(name for name in moments if name.endswith("down_proj"))
+    seen: list[Tensor] = []
+    handle = found.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].detach()))
+    for piece in pieces:
+        found(torch.tensor([piece]))
+    handle.remove()
+    tokens = torch.cat(seen).double()
+    assert tokens.shape[0] == 6
+    weight = found.get_submodule(name).weight.detach()
+    draws = study_inputs.directions(weight)
+    assert {start: len(rows) for start, rows in draws.items()} == {
+        "top": 1,
+        "bottom": 1,
+        "random": study_inputs.SEEDS,
+        "random, off the top n/32": study_inputs.SEEDS,
+    }
+    top, bottom = draws["top"][0], draws["bottom"][0]
+    singular = torch.linalg.svdvals(weight.double())
+    assert (weight.double() @ top.T).norm(dim=0) == pytest.approx(singular[: len(top)], rel=1e-9)
+    assert (weight.double() @ bottom.T).norm() < (weight.double() @ draws["random"][0].T).norm()
+    assert max(float((rows @ top[0]).abs().max()) for rows in draws["random, off the top n/32"]) < 1e-12
+    for rows in (rows for each in draws.values() for rows in each):
+        assert torch.allclose(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-12)
+        slow = sum(float((rows @ x).square().mean()) for x in tokens) / 6
+        fast = float((rows @ moments[name] * rows).sum()) / len(rows)
+        assert fast == pytest.approx(slow, rel=1e-12)
+    means = study_inputs.energies(found, {"one": moments, "other": {key: 4 * each for key, each in moments.items()}})
+    for by_inputs in means.values():  # a scale of the inputs is no difference between directions
+        assert by_inputs["one"] == pytest.approx(by_inputs["other"], rel=1e-12)
+    white = {key: torch.eye(len(each), dtype=torch.float64) for key, each in moments.items()}
+    assert [by["white"] for by in study_inputs.energies(found, {"white": white}).values()] == pytest.approx([1.0] * 4)
+
+
+def test_the_table_of_inputs_has_a_ratio() -> None:
+    values = {"energies": {"top": {"task": 4.0, "other text": 3.0}, "bottom": {"task": 0.25, "other text": 0.5}}}
+    lines = _study_weight_tables.inputs(values)
+    assert lines[2:] == ["| top | 4.00 | 3.00 | 0.75 |", "| bottom | 0.25 | 0.50 | 2.00 |"]
