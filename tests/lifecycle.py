@@ -36,7 +36,7 @@ def tiny(family: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any
 
 def config(preset: str = "offprincipal", **overrides: Any) -> OffPrincipalLoraConfig:
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
-    if preset == "offprincipal":
+    if preset.startswith("offprincipal"):
         defaults["principal_rank"] = 5
     return OffPrincipalLoraConfig.preset(preset, **defaults | overrides)
 

@@ -103,6 +103,12 @@ _TABLE = [
     Method("olora-tail", OURS, "OLoRA-tail: both factors at the bottom directions, no σ", _preset("olora-tail")),
     Method("geora", OURS, "GeoRA: top-r of the weight under its geometric mask, √σ", _preset("geora")),
     Method("offprincipal", OURS, "bottom start, update confined off the top-k on both sides", _preset("offprincipal")),
+    Method(
+        "offprincipal-random",
+        OURS,
+        "random start at LoRA's scale, update confined off the top-k",
+        _preset("offprincipal-random"),
+    ),
     Method("peft-shira", PEFTS, "PEFT's SHiRA: as many random entries as LoRA has numbers", _shira),
     Method("peft-supertuning", PEFTS, "PEFT's Super-Tuning: the 1 % largest entries", _supertuning),
     Method(

@@ -254,6 +254,7 @@ TABLE = {  # subspace, source, scale, factors, trained, projection
     "rlmo": ("bottom", "weight", "unit", "A", "both", "none"),
     "geora": ("top", "geora", "spectral", "both", "both", "none"),
     "offprincipal": ("bottom", "weight", "unit", "A", "both", "both"),
+    "offprincipal-random": ("random", "weight", "lora", "A", "both", "both"),
 }
 
 
@@ -263,7 +264,7 @@ def test_presets(name):
     axes = ("init_subspace", "init_source", "init_scale", "init_factors", "train_factors", "projection")
     assert tuple(getattr(config, axis) for axis in axes) == TABLE[name]
     assert (config.r, config.lora_alpha, config.target_modules, config.seed) == (16, 32, "all-linear", 0)
-    assert bool(config.principal_rank) == (name == "offprincipal")
+    assert config.principal_rank == (1 / 32 if name.startswith("offprincipal") else 0)
 
 
 def test_there_are_no_other_presets():

@@ -82,7 +82,7 @@ def paper_start(preset: str, W: Tensor, r: int, s: float) -> Start:
     svd = full_svd(W)
     first, last, n = slice(None, r), slice(len(svd.S) - r, None), len(svd.S)
     match preset:
-        case "lora":
+        case "lora" | "offprincipal-random":  # drawn
             return Start(None, torch.zeros(W.shape[0], r).double())
         case "pissa":
             return pair(svd, first, (svd.S[first] / s).sqrt())
@@ -108,7 +108,7 @@ def paper_delta(preset: str, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tenso
     A, B = A.double(), B.double()
     if preset in ("lora", "mica", "rlpo", "rlmo"):
         return s * B @ A
-    if preset == "offprincipal":
+    if preset.startswith("offprincipal"):
         U, S, V = full_svd(W)
         k = max(1, int(FRACTION * len(S)))
         off_U = torch.eye(W.shape[0]).double() - U[:, :k] @ U[:, :k].T
@@ -131,6 +131,7 @@ STORED = {
     "rlmo": {"lora_A", "lora_B", "lora_start_A"},
     "geora": {"lora_A", "lora_B", "lora_start_A", "lora_start_B"},
     "offprincipal": {"lora_A", "lora_B", "lora_start_A", "lora_basis_U", "lora_basis_V"},
+    "offprincipal-random": {"lora_A", "lora_B", "lora_basis_U", "lora_basis_V"},
 }
 
 
@@ -150,7 +151,7 @@ class Host(nn.Module):
 
 def adapted(preset: str, kind: type[nn.Module] = nn.Linear, dtype: torch.dtype = torch.float32, **options):
     """(the PEFT model, its adapter layers by shape name)"""
-    if preset == "offprincipal":
+    if preset.startswith("offprincipal"):
         options.setdefault("principal_rank", FRACTION)
     config = OffPrincipalLoraConfig.preset(
         preset, **{"r": RANK, "lora_alpha": ALPHA, "target_modules": list(SHAPES), **options}
@@ -265,6 +266,25 @@ def test_one_sided_starts(preset, kind, dtype, options):
         least = spectrum[-r:].norm()
         # observed: at most 2.9e-8 sigma_1 above it
         assert along.norm() <= least + 3e-7 * spectrum[0], name
+
+
+@WITH_OPTIONS
+@DTYPES
+@KINDS
+def test_a_random_start_has_loras_norm_and_no_direction(kind, dtype, options):
+    """Orthonormal rows times 1 / sqrt(3) from the seed and the layer's name, whatever the weight is."""
+    starts = {}
+    for seed in (0, 0, 1):
+        model, layers = adapted("offprincipal-random", kind, dtype, seed=seed, **OPTIONS[options])
+        for name, layer in layers.items():
+            (A, B), (r, _) = factors(layer), rank_and_scaling(options, name)
+            assert A.shape[0] == r and not B.any()
+            # observed: at most 1.1e-8
+            assert (A.double() @ A.double().T - torch.eye(r).double() / 3).abs().max() < 1e-7, name
+            starts.setdefault((seed, name), []).append(A)
+    for name in SHAPES:
+        assert torch.equal(*starts[0, name])
+        assert not torch.equal(starts[0, name][0], starts[1, name][0])
 
 
 def perturb(layers: dict[str, nn.Module], scale: float) -> None:

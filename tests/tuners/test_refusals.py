@@ -209,7 +209,17 @@ def test_a_layer_that_carries_another_adapter():
         refuse(model, "rlmo", "q_proj", "already carries", "unload", target_modules=["q_proj"])
 
 
-READS_THE_WEIGHT = ["pissa", "milora", "olora-tail", "mica", "rlpo", "rlmo", "geora", "offprincipal"]
+READS_THE_WEIGHT = [
+    "pissa",
+    "milora",
+    "olora-tail",
+    "mica",
+    "rlpo",
+    "rlmo",
+    "geora",
+    "offprincipal",
+    "offprincipal-random",
+]
 
 
 @pytest.mark.parametrize("preset", READS_THE_WEIGHT)
@@ -252,7 +262,9 @@ def test_a_zero_weight_under_a_spectral_start(preset):
     refuse(Zoo(), preset, *words, target_modules=["good", "zero"])
 
 
-@pytest.mark.parametrize("preset", ["lora", "olora-tail", "mica", "rlpo", "rlmo", "offprincipal"])
+@pytest.mark.parametrize(
+    "preset", ["lora", "olora-tail", "mica", "rlpo", "rlmo", "offprincipal", "offprincipal-random"]
+)
 def test_a_zero_weight_under_any_other_start(preset):
     model = get_peft_model(Zoo(), OffPrincipalLoraConfig.preset(preset, r=4, target_modules=["zero"]))
     layer = model.base_model.model.zero

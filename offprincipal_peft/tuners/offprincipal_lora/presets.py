@@ -29,6 +29,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection": "both",
         "principal_rank": 1 / 32,
     },
+    "offprincipal-random": {
+        "init_subspace": "random",
+        "init_scale": "lora",
+        "init_factors": "A",
+        "projection": "both",
+        "principal_rank": 1 / 32,
+    },
 }
 
 
