@@ -275,7 +275,7 @@ def test_a_random_start_has_loras_norm_and_no_direction(kind, dtype, options):
     """Orthonormal rows times 1 / sqrt(3) from the seed and the layer's name, whatever the weight is."""
     starts = {}
     for seed in (0, 0, 1):
-        model, layers = adapted("offprincipal-random", kind, dtype, seed=seed, **OPTIONS[options])
+        _, layers = adapted("offprincipal-random", kind, dtype, seed=seed, **OPTIONS[options])
         for name, layer in layers.items():
             (A, B), (r, _) = factors(layer), rank_and_scaling(options, name)
             assert A.shape[0] == r and not B.any()
