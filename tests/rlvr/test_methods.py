@@ -73,7 +73,7 @@ def test_every_config_has_what_the_trial_says(method):
 def test_low_rank_methods_take_all_four():
     """So that the test above is not passed by classes without any such field."""
     low_rank = [m.name for m in METHODS.values() if m.family == OURS] + ["dora", "peft-pissa"]
-    assert len(low_rank) == 11
+    assert len(low_rank) == 12
     for method in low_rank:
         config = build_config(dataclasses.replace(TRIAL, method=method))
         assert (config.r, config.lora_alpha, config.lora_dropout) == (5, 13, 0.25)
