@@ -5,7 +5,7 @@
 # make format rewrite the files as the linter wants them
 # make tables render the README's and the docs' figures from benchmarks/results
 # make study-small  pretrain the study's small model and run its grids again (four hours on two cores)
-# make study-smollm2  the study's headline comparisons on SmolLM2-135M (forty minutes on two cores)
+# make study-smollm2  the study's headline comparisons on SmolLM2-135M (fifty minutes on two cores)
 # make env    build the environment only
 # make clean  remove the environments and every cache
 #
