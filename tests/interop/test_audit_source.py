@@ -20,20 +20,9 @@ from offprincipal_peft import audit
 from offprincipal_peft.audit import CheckpointError, bf16_sparsity, open_checkpoint, pair
 from offprincipal_peft.interop import audit_source, layer_merge
 from offprincipal_peft.interop.audit_source import MergedCheckpoint, open_adapter
+from offprincipal_peft.tuners.offprincipal_lora.presets import PRESETS
 from sparse_models import BLOCKS, sparse_config, sparse_layers, train_masked
 
-PRESETS = (
-    "lora",
-    "pissa",
-    "milora",
-    "olora-tail",
-    "mica",
-    "rlpo",
-    "rlmo",
-    "geora",
-    "offprincipal",
-    "offprincipal-random",
-)
 UP = "model.layers.0.mlp.up_proj.weight"
 Q = "model.layers.0.self_attn.q_proj.weight"
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers import assert_same_base, base_bytes, tiny_gpt2, tiny_llama, token_batch
 from offprincipal_peft import OffPrincipalLoraConfig
+from offprincipal_peft.tuners.offprincipal_lora.presets import PRESETS
 
 
 class Zoo(nn.Module):
@@ -209,17 +210,7 @@ def test_a_layer_that_carries_another_adapter():
         refuse(model, "rlmo", "q_proj", "already carries", "unload", target_modules=["q_proj"])
 
 
-READS_THE_WEIGHT = [
-    "pissa",
-    "milora",
-    "olora-tail",
-    "mica",
-    "rlpo",
-    "rlmo",
-    "geora",
-    "offprincipal",
-    "offprincipal-random",
-]
+READS_THE_WEIGHT = [preset for preset in PRESETS if preset != "lora"]
 
 
 @pytest.mark.parametrize("preset", READS_THE_WEIGHT)
@@ -256,15 +247,16 @@ def test_a_null_space_that_is_large_enough(layer, factors):
     assert along.norm() < 3e-7 * W.norm()  # observed: 3.0e-8 and 3.7e-8
 
 
-@pytest.mark.parametrize("preset", ["pissa", "milora", "geora"])
+SPECTRAL = ["pissa", "milora", "geora"]
+
+
+@pytest.mark.parametrize("preset", SPECTRAL)
 def test_a_zero_weight_under_a_spectral_start(preset):
     words = ["zero (weight 16 x 24)", "init_scale='spectral'", "init_scale='unit'"]
     refuse(Zoo(), preset, *words, target_modules=["good", "zero"])
 
 
-@pytest.mark.parametrize(
-    "preset", ["lora", "olora-tail", "mica", "rlpo", "rlmo", "offprincipal", "offprincipal-random"]
-)
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in SPECTRAL])
 def test_a_zero_weight_under_any_other_start(preset):
     model = get_peft_model(Zoo(), OffPrincipalLoraConfig.preset(preset, r=4, target_modules=["zero"]))
     layer = model.base_model.model.zero
