@@ -89,12 +89,17 @@ def forgetting(result: Result, words: list[str]) -> list[str]:
     """At levels of ``kl`` at the end: the loss on other text that was gained, in thousandths of a nat per token."""
     reference, *levels = words
     rows = [["method", *(f"KL {level}: forgetting, 10⁻³ nats; to {reference}" for level in levels)]]
-    read = {}
-    for name, by_rate in result.trials.items():
-        base = result.curve(next(iter(by_rate.values()))[0], "forgetting")[0]
-        cells = [result.at_end(by_rate, "kl", float(level), "forgetting") for level in levels]
-        read[name] = [{seed: 1000 * (value - base) for seed, value in cell.items()} for cell in cells]
+    read = {
+        name: [_forgotten(result, by_rate, float(level)) for level in levels] for name, by_rate in result.trials.items()
+    }
     return markdown(rows + _beside(read, reference, number, signed))
+
+
+def _forgotten(result: Result, by_rate: dict[float, list[Trial]], kl: float) -> dict[int, float]:
+    """By seed: thousandths of a nat per token, at ``kl`` at the end."""
+    base = result.curve(next(iter(by_rate.values()))[0], "forgetting")[0]
+    ends = result.at_end(by_rate, "kl", kl, "forgetting")
+    return {seed: 1000 * (value - base) for seed, value in ends.items()}
 
 
 def _beside(
@@ -131,15 +136,13 @@ def headline(result: Result, words: list[str]) -> list[str]:
     for name, by_rate in chosen_methods(result, names):
         found = result.at_end(by_rate, "kl", float(level))
         norms = result.at_end(by_rate, "kl", float(level), "update_norm")
-        base = result.curve(next(iter(by_rate.values()))[0], "forgetting")[0]
-        forgot = result.at_end(by_rate, "kl", float(level), "forgetting")
         cells = ["not reached", "–", "–", "–"]
         if found:
             shared = [found[seed] - other[seed] for seed in found if seed in other]
             cells = [
                 percent(interval(list(found.values()))),
                 points(mean_interval(shared)) if shared and name != reference else "–",
-                number(interval([1000 * (value - base) for value in forgot.values()])),
+                number(interval(list(_forgotten(result, by_rate, float(level)).values()))),
                 number(interval(list(norms.values()))),
             ]
         highest = max(by_rate)
